@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that travels with a checkpoint. Imports only torch and transformers, and its own files as `from .x import y`."""
+"""Everything that travels with a checkpoint: imports torch, transformers and, by `from .x import y`, its own files."""

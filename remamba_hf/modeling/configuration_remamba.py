@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of ReMamba."""
 
+from typing import Any
+
 from transformers import MambaConfig
 
 from .selective_compression import check_settings
@@ -36,7 +38,7 @@ class ReMambaConfig(MambaConfig):
     """
 
     model_type = "remamba"
-    keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers' own form
+    keys_to_ignore_at_inference = [
         "cache_params",
         "past_key_values",
         "hidden_states",
@@ -56,7 +58,7 @@ class ReMambaConfig(MambaConfig):
     train_compression_tail: int = 1500
     max_position_embeddings: int = 1_048_576
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         kwargs.setdefault(
             "auto_map",
             {

@@ -29,6 +29,7 @@ from .two_stage_generation import (
     TwoStageCausalLMOutput,
     TwoStageGenerationMixin,
     TwoStageModelOutput,
+    check_no_empty_prompt,
     check_token_ids,
     chunk_length_for,
     row_prompt_lengths,
@@ -113,7 +114,8 @@ class ReMambaMixer(nn.Module):
         """
         conv_state, ssm_state = self._cached_states(cache_params)
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        if ssm_state is not None and x.shape[1] == 1 and lengths is None and not torch.is_grad_enabled():
+        is_token = x.shape[1] == 1 and lengths is None and adaptation is None and not torch.is_grad_enabled()
+        if is_token and conv_state is not None and ssm_state is not None:
             return self.out_proj(self._step(x[:, 0], z[:, 0], conv_state, ssm_state).unsqueeze(1))
 
         x, conv_state = self._convolve(x, conv_state, lengths)
@@ -130,9 +132,7 @@ class ReMambaMixer(nn.Module):
             cache_params.update_recurrent_state(ssm_state, self.layer_idx)
         return self.out_proj(y)
 
-    def _step(
-        self, x: torch.Tensor, z: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
-    ) -> torch.Tensor:
+    def _step(self, x: torch.Tensor, z: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
         """One token: x, z [B, E] -> [B, E]. The cached states are updated in place."""
         if self._convolution_is_plain:
             x = causal_conv1d_step(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state)
@@ -152,9 +152,9 @@ class ReMambaMixer(nn.Module):
         if adaptation is None:
             return F.softplus(_at_least_float32(self.dt_proj(step)))
         flat = step.flatten(0, 1)
-        scaled = flat[adaptation.index] * adaptation.alpha.unsqueeze(-1).to(flat.dtype)
-        step = flat.index_copy(0, adaptation.index, scaled).view_as(step)
-        return F.softplus(self.adaptation(_at_least_float32(self.dt_proj(step)), adaptation.index))
+        scaled = flat[adaptation.where] * adaptation.alpha.unsqueeze(-1).to(flat.dtype)
+        step = flat.index_copy(0, adaptation.where, scaled).view_as(step)
+        return F.softplus(self.adaptation(_at_least_float32(self.dt_proj(step)), adaptation.where))
 
     def _decay_rates(self) -> torch.Tensor:
         """A [E, N], negative."""
@@ -210,7 +210,7 @@ class ReMambaBlock(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """alpha [n] and the flat positions `adapted` [n] make an `Adaptation`. They come apart because a checkpointed
         block passes gradients only to tensors that are its own positional arguments."""
-        adaptation = None if alpha is None else Adaptation(adapted, alpha)
+        adaptation = None if alpha is None or adapted is None else Adaptation(adapted, alpha)
         mixed = self.mixer(self.norm(hidden_states), adaptation, lengths, cache_params)
         return (_at_least_float32(hidden_states) if self.residual_in_fp32 else hidden_states) + mixed
 
@@ -218,8 +218,8 @@ class ReMambaBlock(GradientCheckpointingLayer):
 class ReMambaPreTrainedModel(PreTrainedModel):
     config_class = ReMambaConfig
     base_model_prefix = "backbone"
-    _no_split_modules = ["ReMambaBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_proj.bias", "adaptation"]  # noqa: RUF012
+    _no_split_modules = ["ReMambaBlock"]
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_proj.bias", "adaptation"]
     supports_gradient_checkpointing = True
     _is_stateful = True
 
@@ -271,7 +271,7 @@ class ReMambaModel(TwoStageBackbone, ReMambaPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
 
-    def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
         self.embeddings = new_embeddings
 
     def run_layers(
@@ -283,7 +283,7 @@ class ReMambaModel(TwoStageBackbone, ReMambaPreTrainedModel):
         block_states: list[torch.Tensor] | None,
     ) -> torch.Tensor:
         """All blocks and the final norm over [B, T, H]; see `TwoStageBackbone`."""
-        alpha, adapted = (None, None) if adaptation is None else (adaptation.alpha, adaptation.index)
+        alpha, adapted = (None, None) if adaptation is None else (adaptation.alpha, adaptation.where)
         for block in self.layers:
             hidden_states = block(hidden_states, alpha, adapted=adapted, lengths=lengths, cache_params=cache_params)
             if block_states is not None:
@@ -333,10 +333,10 @@ class ReMambaModel(TwoStageBackbone, ReMambaPreTrainedModel):
         Returns:
             `TwoStageModelOutput`.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         cache_params = _checked_arguments(kwargs, cache_params)
-        tokens = inputs_embeds if input_ids is None else input_ids
         if tokens.shape[1] == 0:
             raise ValueError("The input has no tokens: its length is 0. Give at least one token.")
         if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -357,10 +357,8 @@ class ReMambaModel(TwoStageBackbone, ReMambaPreTrainedModel):
         if compress_prompt is not False and not _is_filled(cache_params):
             prompts = row_prompt_lengths(prompt_lengths, labels, rows.lengths, attention_mask)
             if prompts is None and compress_prompt:
+                check_no_empty_prompt(rows.lengths)
                 prompts = list(rows.lengths)
-            if prompts is not None and min(rows.lengths) == 0:
-                empty = [row for row, length in enumerate(rows.lengths) if length == 0]
-                raise ValueError(f"The attention mask of rows {empty} is all zeros: these prompts are empty. Drop them.")
         elif compress_prompt:
             raise ValueError(
                 "compress_prompt=True on a filled cache: what the cache has read cannot be compressed any more. Leave "
@@ -396,10 +394,10 @@ class ReMambaModel(TwoStageBackbone, ReMambaPreTrainedModel):
         size = self.config.hidden_size
         if self.config.intermediate_size != 2 * size:
             raise ValueError(f"The compressor's start needs expand=2, this model has expand={self.config.expand}.")
-        mixer = self.layers[0].mixer
+        mixer: Any = self.layers[0].mixer
         rows = mixer.in_proj.weight.split(size)
         columns = mixer.out_proj.weight.split(size, dim=1)
-        compressor = self.compressor
+        compressor: Any = self.compressor
         for projection, first, second in (
             (compressor.key, rows[0], rows[1]),
             (compressor.query, rows[2], rows[3]),
@@ -413,7 +411,7 @@ class ReMambaModel(TwoStageBackbone, ReMambaPreTrainedModel):
 class ReMambaForCausalLM(ReMambaPreTrainedModel, TwoStageGenerationMixin):
     """ReMamba with a language modeling head; `generate` compresses the prompt."""
 
-    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}
 
     def __init__(self, config: ReMambaConfig):
         super().__init__(config)
@@ -424,7 +422,7 @@ class ReMambaForCausalLM(ReMambaPreTrainedModel, TwoStageGenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
-    def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
         self.backbone.set_input_embeddings(new_embeddings)
 
     def initialize_compressor(self) -> None:
@@ -510,7 +508,7 @@ class ReMambaForCausalLM(ReMambaPreTrainedModel, TwoStageGenerationMixin):
         logits = _at_least_float32(self.lm_head(hidden_states))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.language_modeling_loss(logits, labels, **kwargs)
             if isinstance(logits_to_keep, int) and logits_to_keep:
                 logits = logits[:, -logits_to_keep:]
         result = TwoStageCausalLMOutput(
@@ -530,7 +528,7 @@ def _is_filled(cache_params: Cache | None) -> bool:
 
 
 def _check_cache_rows(cache_params: Cache | None, batch: int) -> None:
-    if _is_filled(cache_params):
+    if cache_params is not None and _is_filled(cache_params):
         rows = cache_params.layers[0].recurrent_states[0].shape[0]
         if rows != batch:
             raise ValueError(

@@ -47,7 +47,7 @@ class Window(NamedTuple):
         return self.length - self.kept
 
 
-def check_setting(setting: Setting, names: Setting | None = None) -> None:
+def check_setting(setting: Setting) -> None:
     """Raise a ValueError that names the setting and its range if s, p or rho cannot be honoured."""
     for name, value in zip(setting._fields, setting, strict=True):
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
@@ -114,24 +114,28 @@ def window_of(prompt_length: int, setting: Setting, min_prompt: int = 0, tail: i
     return Window(start, length, min(math.ceil(length * setting.ratio), length))
 
 
-def settings_for_rows(
-    config: Any, batch: int, start: Any = None, span: Any = None, ratio: Any = None
-) -> list[Setting]:
+def settings_for_rows(config: Any, batch: int, start: Any = None, span: Any = None, ratio: Any = None) -> list[Setting]:
     """Every row's setting: a value given for the call, one for all rows or one a row, else the configuration's."""
     columns = []
     for name, value in zip(Setting._fields, (start, span, ratio), strict=True):
         if value is None:
             value = getattr(config, f"compression_{name}")
-        if isinstance(value, torch.Tensor):
-            value = value.tolist()
-        column = list(value) if isinstance(value, Sequence) else [value] * batch
+        value = as_numbers(value)
+        column = value if isinstance(value, list) else [value] * batch
         if len(column) != batch:
             raise ValueError(f"compression_{name} has {len(column)} values for {batch} rows. Pass one, or one a row.")
         columns.append(column)
     settings = [Setting(*row) for row in zip(*columns, strict=True)]
-    for setting in set(settings):
+    for setting in settings:
         check_setting(setting)
     return settings
+
+
+def as_numbers(value: Any) -> Any:
+    """A setting given as a tensor, an array or a sequence, as a Python number or a list of them."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def draw_training_setting(config: Any) -> Setting:
@@ -271,10 +275,10 @@ def _unscored(selection: str, window: Window, kept: int) -> torch.Tensor:
 class Adaptation(NamedTuple):
     """Where the second pass reads kept vectors: flat indices into [B * L] tokens, and the alpha [n] of each.
 
-    Mixers scale the low-rank step by alpha and add Theta at these indices (Eq. 8); everywhere else they do nothing.
+    where: [n] long. Mixers scale the low-rank step by alpha and add Theta there (Eq. 8), and do nothing elsewhere.
     """
 
-    index: torch.Tensor
+    where: torch.Tensor
     alpha: torch.Tensor
 
 

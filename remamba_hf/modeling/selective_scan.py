@@ -11,6 +11,7 @@ the state as it is: that is how pads are passed, on either side.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ def _solve(
         gained = state[steps[0]].clone()
         for t in steps[1:]:
             torch.addcmul(state[t], decay[t], gained, out=gained)
-        for previous, current in zip(order[:-1], order[1:], strict=True):
+        for previous, current in pairwise(order):
             torch.addcmul(gained[previous], chunk_decay[previous], before[previous], out=before[current])
     last = before
     for t in steps:
@@ -268,7 +269,7 @@ class _Block:
 # that stand for state columns: N in front, token n of them putting h[0][:, n] into column n, and N behind, with dt = 0
 # and C = e_n, each reading column n out. These tokens carry the state in x, so then the kernel runs in float32.
 
-_PSEUDO_STEP = 2.0**-20  # small enough that exp(_PSEUDO_STEP * A * N) stays near 1, a power of two so that it divides exactly
+_PSEUDO_STEP = 2.0**-20  # so small that exp(_PSEUDO_STEP * A * N) stays near 1; a power of two divides exactly
 
 
 def _scan_cuda(
@@ -287,9 +288,7 @@ def _scan_cuda(
         return torch.cat([y1, y2], dim=1), state
 
     A = A.float()
-    needs_gradient = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, dt, A, B, initial_state)
-    )
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B, initial_state))
     lead = 0 if initial_state is None else size
     trail = size if return_final_state and needs_gradient else 0
     out_dtype = x.dtype

@@ -10,7 +10,7 @@ recurrence can end early, and results are moved back. So a row's result never de
 Shapes: `B` rows, `L` columns of the input, `P` tokens of a row's prompt, `H` hidden size, `K` kept vectors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,10 @@ from .selective_compression import (
     Adaptation,
     CompressedPrompt,
     Selection,
+    SelectiveCompressor,
     Setting,
     Window,
+    as_numbers,
     draw_training_setting,
     settings_for_rows,
     training_window,
@@ -87,7 +89,8 @@ class PackedRows:
         attention_mask: torch.Tensor | None,
         embeddings: torch.nn.Module,
     ):
-        tokens = inputs_embeds if input_ids is None else input_ids
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        assert tokens is not None
         self.batch, self.columns = tokens.shape[:2]
         self.device = tokens.device
         self.embeddings = embeddings
@@ -148,7 +151,9 @@ class _StateReader:
     def read(self, states: torch.Tensor, begin: int) -> None:
         end = begin + states.shape[1]
         low, high = max(self.span[0], begin), min(self.span[1], end)
-        if low < high:
+        if (low, high) == (begin, end):  # the tensor itself, which callers may want to retain a gradient of
+            self._spans.append(states)
+        elif low < high:
             self._spans.append(states[:, low - begin : high - begin])
         if self.points is not None:
             local = self.points - begin
@@ -160,7 +165,7 @@ class _StateReader:
     @property
     def span_states(self) -> torch.Tensor:
         """[B, end - begin, H]"""
-        return self._spans[0] if len(self._spans) == 1 else torch.cat(self._spans, dim=1)
+        return _joined(self._spans)
 
     @property
     def point_states(self) -> torch.Tensor:
@@ -173,7 +178,7 @@ class _StateReader:
         """One [B, L, H] for each block and for the final norm."""
         if self.blocks is None:
             return None
-        return tuple(torch.cat(pieces, dim=1) for pieces in zip(*self.blocks, strict=True))
+        return tuple(_joined(pieces) for pieces in zip(*self.blocks, strict=True))
 
 
 class TwoStageBackbone:
@@ -184,6 +189,12 @@ class TwoStageBackbone:
       [B, T, H]; `lengths` [B] or None says how many of the T positions are tokens, the states in `cache_params` are
       continued and updated, and `block_states` (a list or None) receives the blocks' outputs.
     """
+
+    config: Any
+    training: bool
+    embeddings: torch.nn.Module
+    compressor: SelectiveCompressor
+    run_layers: Callable[..., torch.Tensor]
 
     def read_rows(
         self,
@@ -197,8 +208,9 @@ class TwoStageBackbone:
         progress: Progress | None = None,
     ) -> TwoStageModelOutput:
         """One pass over the rows, or two where `windows` says that something is compressed."""
-        keep_all = columns_to_keep is None or columns_to_keep >= rows.columns
-        kept_tokens = None if keep_all else rows.tokens_of_last(columns_to_keep)
+        kept_tokens = None
+        if columns_to_keep is not None and columns_to_keep < rows.columns:
+            kept_tokens = rows.tokens_of_last(columns_to_keep)
         if not any(window.length for window in windows):
             reader = self._read_plain(rows, cache_params, kept_tokens, chunk_length, output_hidden_states, progress)
             states = rows.unpack(reader.span_states) if kept_tokens is None else reader.point_states
@@ -208,9 +220,7 @@ class TwoStageBackbone:
 
         shortened = [length - window.dropped for length, window in zip(rows.lengths, windows, strict=True)]
         report = _progress_over(progress, max(prompt_lengths), max(shortened))
-        first = self._read_prompts(
-            rows, windows, prompt_lengths, kept_tokens, chunk_length, output_hidden_states, report(0)
-        )
+        first = self._read_prompts(rows, windows, prompt_lengths, kept_tokens, chunk_length, output_hidden_states, report(0))
         selection = self._select(first, windows)
         prompt = CompressedPrompt(windows, selection, shortened)
         second = self._read_compressed(rows, prompt, cache_params, kept_tokens, chunk_length, report(1))
@@ -223,8 +233,16 @@ class TwoStageBackbone:
             compression_scores=selection.scores,
         )
 
-    def _read_plain(self, rows, cache_params, kept_tokens, chunk_length, with_blocks, progress) -> _StateReader:
-        length = max(rows.lengths)
+    def _read_plain(
+        self,
+        rows: PackedRows,
+        cache_params: Cache | None,
+        kept_tokens: torch.Tensor | None,
+        chunk_length: int | None,
+        with_blocks: bool,
+        progress: Progress | None,
+    ) -> _StateReader:
+        length = max(*rows.lengths, 1)
         reader = _StateReader((0, length if kept_tokens is None else 0), kept_tokens, with_blocks)
         self._run(
             lambda begin, end: (rows.embed(begin, end), None), rows.lengths, cache_params, chunk_length, reader, progress
@@ -232,7 +250,14 @@ class TwoStageBackbone:
         return reader
 
     def _read_prompts(
-        self, rows, windows, prompt_lengths, kept_tokens, chunk_length, with_blocks, progress
+        self,
+        rows: PackedRows,
+        windows: list[Window],
+        prompt_lengths: list[int],
+        kept_tokens: torch.Tensor | None,
+        chunk_length: int | None,
+        with_blocks: bool,
+        progress: Progress | None,
     ) -> _StateReader:
         """Stage 1. Reads the window's states, each query token's, and those that the output takes from this pass."""
         queries = torch.tensor(prompt_lengths, device=rows.device).unsqueeze(1) - 1
@@ -256,7 +281,15 @@ class TwoStageBackbone:
             window_states = _gather_columns(states, columns.clamp(max=states.shape[1] - 1))
         return self.compressor(first.point_states[:, 0], window_states, windows)
 
-    def _read_compressed(self, rows, prompt, cache_params, kept_tokens, chunk_length, progress) -> _StateReader:
+    def _read_compressed(
+        self,
+        rows: PackedRows,
+        prompt: CompressedPrompt,
+        cache_params: Cache | None,
+        kept_tokens: torch.Tensor | None,
+        chunk_length: int | None,
+        progress: Progress | None,
+    ) -> _StateReader:
         """Stage 2: the rows with their windows replaced."""
         sources = prompt.sources(rows.device)
         points = None
@@ -280,7 +313,7 @@ class TwoStageBackbone:
         progress: Progress | None,
     ) -> None:
         """One pass over positions [0, max(lengths)), in chunks whose states carry over."""
-        spans = list(_chunks(max(lengths), chunk_length))
+        spans = list(_chunks(max(*lengths, 1), chunk_length))  # rows of pads alone still get their states
         if len(spans) > 1 and cache_params is None:
             cache_params = DynamicCache(config=self.config)
         for begin, end in spans:
@@ -289,8 +322,9 @@ class TwoStageBackbone:
             if min(lengths) < end:
                 tokens = torch.tensor([min(max(length - begin, 0), end - begin) for length in lengths])
                 tokens = tokens.to(hidden_states.device)
-            block_states: list[torch.Tensor] | None = None if reader.blocks is None else []
-            states = self.run_layers(hidden_states, tokens, adaptation, cache_params, block_states)
+            block_states: list[torch.Tensor] = []
+            wanted = block_states if reader.blocks is not None else None
+            states = self.run_layers(hidden_states, tokens, adaptation, cache_params, wanted)
             reader.read(states, begin)
             if reader.blocks is not None:
                 reader.blocks.append(block_states)
@@ -365,6 +399,10 @@ def _tokens_before_labels(labels: torch.Tensor, attention_mask: torch.Tensor | N
     if attention_mask is not None:
         unlabelled &= attention_mask.to(labels.device).bool()
     return unlabelled.sum(1).tolist()
+
+
+def _joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(tuple(pieces), dim=1)
 
 
 def _gather_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -450,10 +488,12 @@ class TwoStageGenerationMixin(GenerationMixin):
         if (cache := kwargs.pop("past_key_values", None)) is not None:
             kwargs.setdefault("cache_params", cache)
         cache = kwargs.get("cache_params")
-        prompt = next((t for t in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if t is not None), None)
+        given = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
+        prompt: torch.Tensor | None = next((tensor for tensor in given if tensor is not None), None)
+        settings = [as_numbers(value) for value in (compression_start, compression_span, compression_ratio)]
         if prompt is not None:
             _check_prompt(prompt, kwargs.get("attention_mask"), self.config.vocab_size)
-            settings_for_rows(self.config, prompt.shape[0], compression_start, compression_span, compression_ratio)
+            settings_for_rows(self.config, prompt.shape[0], *settings)
         if prefill_chunk_length is not None:
             with torch.no_grad():
                 chunk_length_for(1, prefill_chunk_length)
@@ -462,21 +502,27 @@ class TwoStageGenerationMixin(GenerationMixin):
                 "compress_prompt=True on a filled cache: what the cache has read cannot be compressed any more. Leave "
                 "compress_prompt out to continue, or start without the cache."
             )
-        expansion = _expansion(generation_config or self.generation_config, kwargs)
-        return super().generate(
+        copies = _copies(kwargs, generation_config, self.generation_config)
+        start, span, ratio = (_per_copy(value, copies) for value in settings)
+        read = _Read(cache, prompt)
+        result = super().generate(
             inputs,
             generation_config,
             *args,
             compress_prompt=compress_prompt,
-            compression_start=_per_copy(compression_start, expansion),
-            compression_span=_per_copy(compression_span, expansion),
-            compression_ratio=_per_copy(compression_ratio, expansion),
+            compression_start=start,
+            compression_span=span,
+            compression_ratio=ratio,
             prefill_chunk_length=prefill_chunk_length,
             prefill_progress=prefill_progress,
             prompt_columns=1 if prompt is None else prompt.shape[1],
-            prompt_copies=expansion,
+            prompt_copies=copies,
+            columns_read=read.repeated,
             **kwargs,
         )
+        sequences = result if isinstance(result, torch.Tensor) else result.sequences
+        read.leave_note(getattr(result, "past_key_values", cache), sequences)
+        return result
 
     def prepare_inputs_for_generation(
         self,
@@ -494,6 +540,7 @@ class TwoStageGenerationMixin(GenerationMixin):
         prefill_progress: Progress | None = None,
         prompt_columns: int | None = None,
         prompt_copies: int = 1,
+        columns_read: int = 0,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one `forward`. Whoever reads the prompt, the first iteration or every one without a cache, also gets
@@ -501,6 +548,9 @@ class TwoStageGenerationMixin(GenerationMixin):
         filled = cache_params is not None and cache_params.has_previous_state()
         if filled and not is_first_iteration:
             input_ids, attention_mask = input_ids[:, -1:], None
+        elif filled and columns_read:  # the whole text came again
+            input_ids = input_ids[:, columns_read:]
+            inputs_embeds = inputs_embeds if inputs_embeds is None else inputs_embeds[:, columns_read:]
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
@@ -534,27 +584,70 @@ class TwoStageGenerationMixin(GenerationMixin):
         if batch % copies:
             raise ValueError(f"prompt_copies={copies} does not divide the batch of {batch} rows.")
         for name, value in inputs.items():
-            if isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.dim() > 0):
-                inputs[name] = value[::copies] if len(value) == batch else value
+            is_per_row = isinstance(value, (list, tuple)) or (isinstance(value, torch.Tensor) and value.dim() > 0)
+            if is_per_row and name != "logits_to_keep":
+                inputs[name] = value[::copies]
         output = self(**inputs, return_dict=True)
-        rows = torch.arange(batch // copies).repeat_interleave(copies)
-        if output.cache_params is not None:
-            output.cache_params.reorder_cache(rows.to(output.logits.device))
-        for name in ("logits", "compressed_positions", "compression_scores"):
-            if output[name] is not None:
-                output[name] = output[name].repeat_interleave(copies, dim=0)
-        if output.hidden_states is not None:
-            output["hidden_states"] = tuple(h.repeat_interleave(copies, dim=0) for h in output.hidden_states)
+        for name, value in output.items():
+            if isinstance(value, Cache):
+                rows = torch.arange(batch // copies, device=output.logits.device)
+                value.reorder_cache(rows.repeat_interleave(copies))
+            elif isinstance(value, tuple):
+                output[name] = tuple(tensor.repeat_interleave(copies, dim=0) for tensor in value)
+            elif value.dim() > 0:
+                output[name] = value.repeat_interleave(copies, dim=0)
         return output
 
+    def language_modeling_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """transformers' loss of shifted labels, which would compute in float32 what a float64 model gives it."""
+        if logits.dtype != torch.float64:
+            return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), shifted, reduction="sum")
+        items = kwargs.get("num_items_in_batch")
+        return total / ((shifted != -100).sum() if items is None else items)
 
-def _expansion(generation_config: Any, kwargs: dict[str, Any]) -> int:
-    """How many rows `generate` makes of each prompt."""
-    values = [
-        kwargs[name] if kwargs.get(name) is not None else getattr(generation_config, name, None)
-        for name in ("num_beams", "num_return_sequences")
-    ]
-    return max(value or 1 for value in values)
+
+def _copies(kwargs: dict[str, Any], *generation_configs: Any) -> int:
+    """How many rows `generate` makes of each prompt; what the first source leaves open, the next one decides."""
+
+    def setting(name: str) -> int:
+        given = [kwargs.get(name), *(getattr(config, name, None) for config in generation_configs)]
+        return next((int(value) for value in given if value is not None), 1)
+
+    return max(setting("num_beams"), setting("num_return_sequences"))
+
+
+class _Read:
+    """What a cache had read before a call of `generate`, and the note of it that the call leaves on the cache.
+
+    A linear cache knows no length, and callers may give the whole text again or only what is new. Embeddings are always
+    the whole text, as transformers has it; ids are, if they begin with those that were read.
+    """
+
+    def __init__(self, cache: Cache | None, prompt: torch.Tensor | None):
+        filled = cache is not None and cache.has_previous_state()
+        self.columns: int = getattr(cache, "columns_read", 0) if filled else 0
+        self.ids: torch.Tensor | None = getattr(cache, "ids_read", None) if filled else None
+        self.embedded = prompt.shape[1] if prompt is not None and prompt.dim() == 3 else 0
+        self.repeated = 0  # columns of the prompt that the cache has read
+        if prompt is not None and 0 < self.columns < prompt.shape[1] and (self.embedded or self._begins(prompt)):
+            self.repeated = self.columns
+
+    def _begins(self, prompt: torch.Tensor) -> bool:
+        return self.ids is not None and torch.equal(prompt[:, : self.columns], self.ids)
+
+    def leave_note(self, cache: Cache | None, sequences: torch.Tensor) -> None:
+        """All of `sequences` is read now but the last token, which was never fed back."""
+        if cache is None:
+            return
+        read = sequences[:, :-1]
+        earlier = 0 if self.repeated else self.columns
+        cache.columns_read, cache.ids_read = earlier + self.embedded + read.shape[1], None
+        if not self.embedded and not earlier:
+            cache.ids_read = read
+        elif not self.embedded and self.ids is not None and self.ids.shape[0] == read.shape[0]:
+            cache.ids_read = torch.cat([self.ids, read], dim=1)
 
 
 def _per_copy(setting: Any, copies: int) -> Any:
@@ -587,6 +680,10 @@ def _refuse_modes(generation_config: Any, args: tuple[Any, ...], kwargs: dict[st
     for name, reason in _REFUSED_MODES.items():
         if asked(name) is not None:
             raise ValueError(f"{name} is not supported: {reason}")
+    if asked("guidance_scale") not in (None, 1):
+        raise ValueError(
+            "guidance_scale is not supported: transformers' guidance keeps a second cache of keys and values. Leave it out."
+        )
     if asked("cache_implementation") in _KEY_VALUE_CACHES:
         raise ValueError(
             f"cache_implementation={asked('cache_implementation')!r} stores keys and values, which this model has none "
@@ -603,9 +700,14 @@ def _check_prompt(prompt: torch.Tensor, attention_mask: torch.Tensor | None, voc
     if prompt.dim() == 2:
         check_token_ids(prompt, vocab_size)
     if attention_mask is not None and attention_mask.dim() == 2:
-        empty = (attention_mask.sum(1) == 0).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(f"The attention mask of rows {empty} is all zeros: these prompts are empty. Drop the rows.")
+        check_no_empty_prompt(attention_mask.sum(1).tolist())
+
+
+def check_no_empty_prompt(lengths: list[int]) -> None:
+    """Raise a ValueError that names the rows without a single token."""
+    empty = [row for row, length in enumerate(lengths) if length == 0]
+    if empty:
+        raise ValueError(f"The attention mask of rows {empty} is all zeros: these prompts are empty. Drop these rows.")
 
 
 def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
