@@ -58,6 +58,17 @@ class ReMambaConfig(MambaConfig):
     train_compression_tail: int = 1500
     max_position_embeddings: int = 1_048_576
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but a checkpoint of another kind is refused instead of loaded with random weights."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind not in (cls.model_type, "mamba"):
+            raise ValueError(
+                f"This checkpoint is a {kind!r} model, not Mamba-1. Load it with AutoModelForCausalLM, or give a checkpoint "
+                f"of type 'mamba' or {cls.model_type!r}."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.setdefault(
             "auto_map",

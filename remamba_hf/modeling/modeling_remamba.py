@@ -30,6 +30,7 @@ from .two_stage_generation import (
     TwoStageGenerationMixin,
     TwoStageModelOutput,
     check_no_empty_prompt,
+    check_shapes,
     check_token_ids,
     chunk_length_for,
     row_prompt_lengths,
@@ -188,7 +189,10 @@ class ReMambaMixer(nn.Module):
         if cache_params is None or not cache_params.has_previous_state(self.layer_idx):
             return None, None
         layer = cache_params.layers[self.layer_idx]
-        return layer.conv_states[0], layer.recurrent_states[0]
+        states = layer.conv_states[0], layer.recurrent_states[0]
+        if torch.is_grad_enabled():  # kept for the backward pass, while the cache's own tensors are overwritten
+            return states[0].clone(), states[1].clone()
+        return states
 
 
 class ReMambaBlock(GradientCheckpointingLayer):
@@ -337,8 +341,7 @@ class ReMambaModel(TwoStageBackbone, ReMambaPreTrainedModel):
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         cache_params = _checked_arguments(kwargs, cache_params)
-        if tokens.shape[1] == 0:
-            raise ValueError("The input has no tokens: its length is 0. Give at least one token.")
+        check_shapes(input_ids, inputs_embeds, labels)
         if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             check_token_ids(input_ids, self.config.vocab_size)
         attention_mask = _checked_mask(attention_mask, tokens)
@@ -351,6 +354,9 @@ class ReMambaModel(TwoStageBackbone, ReMambaPreTrainedModel):
         elif cache_params is None:
             cache_params = DynamicCache(config=self.config)
         _check_cache_rows(cache_params, tokens.shape[0])
+        note = getattr(cache_params, "note", None)
+        if cache_params is not None and note is not None and not note.stale:
+            cache_params.note = note._replace(stale=True)
 
         rows = PackedRows(input_ids, inputs_embeds, attention_mask, self.embeddings)
         prompts = None

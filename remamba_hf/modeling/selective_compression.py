@@ -81,7 +81,8 @@ def check_settings(config: Any) -> None:
     lows, highs = [], []
     for field, fixed in zip(Setting._fields, (config.compression_start, config.compression_span, 1.0), strict=True):
         bounds = getattr(config, f"train_compression_{field}")
-        if bounds is not None and (len(bounds) != 2 or not bounds[0] <= bounds[1]):
+        is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+        if bounds is not None and not (is_pair and bounds[0] <= bounds[1]):
             raise ValueError(f"train_compression_{field} must be (low, high) with low <= high, or None; got {bounds!r}.")
         lows.append(fixed if bounds is None else bounds[0])
         highs.append(fixed if bounds is None else bounds[1])

@@ -76,9 +76,10 @@ def selective_scan(
     dtype = state_dtype(x)
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], *A.shape, dtype=dtype)
-    y, final_state = _BlockedScan.apply(
-        x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype), initial_state.to(dtype)
-    )
+    with torch.autocast(x.device.type, enabled=False):  # the state is read in its own dtype
+        y, final_state = _BlockedScan.apply(
+            x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype), initial_state.to(dtype)
+        )
     return _skip_and_gate(y, x.to(dtype), D, z).to(x.dtype), final_state
 
 
@@ -95,13 +96,15 @@ def selective_scan_step(
     """One decoding step: x, dt, z [B, E]; B, C [B, N] -> y [B, E]. `state` [B, E, N] is updated in place. No gradients."""
     kernel = usable_kernel("selective_scan_step", x, dt, A, B, C, D, z, state)
     if kernel is not None and x.dtype != torch.float64:
+        zero = torch.zeros_like(A[:, 0])  # released kernels fail on a missing bias or skip, though both are optional
         with torch.cuda.device(x.device):
-            return kernel(state, x, dt, A, B, C, D, z=z)
+            return kernel(state, x, dt, A, B, C, zero if D is None else D, z=z, dt_bias=zero)
     dtype = state.dtype
     step = dt.to(dtype).unsqueeze(-1)
     state.mul_(torch.exp(step * A.to(dtype)))
     state.addcmul_(step * x.to(dtype).unsqueeze(-1), B.to(dtype).unsqueeze(1))
-    y = torch.matmul(state, C.to(dtype).unsqueeze(-1)).squeeze(-1)
+    with torch.autocast(x.device.type, enabled=False):
+        y = torch.matmul(state, C.to(dtype).unsqueeze(-1)).squeeze(-1)
     return _skip_and_gate(y, x.to(dtype), D, z).to(x.dtype)
 
 
@@ -196,23 +199,28 @@ class _BlockedScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy, dfinal):
-        x, dt, A, B, C, *starts = ctx.saved_tensors
-        At = A.t().contiguous()
-        dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
-        dAt = torch.zeros_like(At)
-        dinitial = torch.empty(x.shape[0], *A.shape, dtype=x.dtype, device=x.device)
-        first = 0
-        for rows, spans, shape in _blocks(x, A):
-            carried = dfinal[rows].transpose(1, 2)  # gradient of the state that leaves the block, [rows, N, E]
-            for index, span in reversed(list(enumerate(spans))):
-                block = _Block(x[rows, span], dt[rows, span], At, B[rows, span], C[rows, span], shape)
-                grads, carried = block.backward(starts[first + index], dy[rows, span], carried)
-                for target, grad in zip((dx, ddt, dB, dC), grads[:4], strict=True):
-                    target[rows, span] = grad
-                dAt += grads[4]
-            dinitial[rows] = carried.transpose(1, 2)
-            first += len(spans)
-        return dx, ddt, dAt.t(), dB, dC, dinitial
+        with torch.autocast(dy.device.type, enabled=False):
+            return _scan_gradients(*ctx.saved_tensors, dy=dy, dfinal=dfinal)
+
+
+def _scan_gradients(x, dt, A, B, C, *starts, dy, dfinal):
+    """Gradients of the inputs of `_BlockedScan`, block by block from the last to the first."""
+    At = A.t().contiguous()
+    dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
+    dAt = torch.zeros_like(At)
+    dinitial = torch.empty(x.shape[0], *A.shape, dtype=x.dtype, device=x.device)
+    first = 0
+    for rows, spans, shape in _blocks(x, A):
+        carried = dfinal[rows].transpose(1, 2)  # gradient of the state that leaves the block, [rows, N, E]
+        for index, span in reversed(list(enumerate(spans))):
+            block = _Block(x[rows, span], dt[rows, span], At, B[rows, span], C[rows, span], shape)
+            grads, carried = block.backward(starts[first + index], dy[rows, span], carried)
+            for target, grad in zip((dx, ddt, dB, dC), grads[:4], strict=True):
+                target[rows, span] = grad
+            dAt += grads[4]
+        dinitial[rows] = carried.transpose(1, 2)
+        first += len(spans)
+    return dx, ddt, dAt.t(), dB, dC, dinitial
 
 
 def _blocks(x: torch.Tensor, A: torch.Tensor) -> list[tuple[slice, list[slice], tuple[int, int]]]:
@@ -220,7 +228,7 @@ def _blocks(x: torch.Tensor, A: torch.Tensor) -> list[tuple[slice, list[slice], 
     batch, length, _ = x.shape
     rows, chunk, chunks = _block_shape(A.numel(), batch, length)
     size = chunk * chunks
-    spans = [slice(t, min(t + size, length)) for t in range(0, length, size)]
+    spans = [slice(t, min(t + size, length)) for t in range(0, length, max(size, 1))]
     return [(slice(b, min(b + rows, batch)), spans, (chunk, chunks)) for b in range(0, batch, rows)]
 
 

@@ -12,7 +12,7 @@ Shapes: `B` rows, `L` columns of the input, `P` tokens of a row's prompt, `H` hi
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, GenerationMixin
@@ -222,6 +222,11 @@ class TwoStageBackbone:
         report = _progress_over(progress, max(prompt_lengths), max(shortened))
         first = self._read_prompts(rows, windows, prompt_lengths, kept_tokens, chunk_length, output_hidden_states, report(0))
         selection = self._select(first, windows)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not selection.scores.isfinite().all():
+            raise ValueError(
+                "The scores of the prompt are not finite: the weights hold NaN or inf, or float16 overflowed. Check the "
+                "checkpoint, and load it in bfloat16 or float32."
+            )
         prompt = CompressedPrompt(windows, selection, shortened)
         second = self._read_compressed(rows, prompt, cache_params, kept_tokens, chunk_length, report(1))
         blocks = first.block_states
@@ -376,9 +381,9 @@ def row_prompt_lengths(
     started = None if labels is None else _tokens_before_labels(labels, attention_mask)
     if prompt_lengths is None:
         return started
-    lengths = prompt_lengths.tolist() if isinstance(prompt_lengths, torch.Tensor) else list(prompt_lengths)
-    if len(lengths) != len(rows_lengths):
-        raise ValueError(f"prompt_lengths has {len(lengths)} entries for {len(rows_lengths)} rows. Pass one a row.")
+    lengths = as_numbers(prompt_lengths)
+    if not isinstance(lengths, list) or len(lengths) != len(rows_lengths):
+        raise ValueError(f"prompt_lengths is {lengths!r} for {len(rows_lengths)} rows. Pass one a row.")
     for row, (length, tokens) in enumerate(zip(lengths, rows_lengths, strict=True)):
         if not isinstance(length, int) or not 1 <= length <= tokens:
             raise ValueError(
@@ -484,12 +489,13 @@ class TwoStageGenerationMixin(GenerationMixin):
             ValueError: settings out of range, an empty prompt or row, ids outside the vocabulary, compression forced on
                 a filled cache, or a generation mode that a recurrent state cannot serve.
         """
-        _refuse_modes(generation_config, args, kwargs)
+        _refuse_modes([generation_config, self.generation_config], args, kwargs)
         if (cache := kwargs.pop("past_key_values", None)) is not None:
             kwargs.setdefault("cache_params", cache)
         cache = kwargs.get("cache_params")
-        given = (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids"))
-        prompt: torch.Tensor | None = next((tensor for tensor in given if tensor is not None), None)
+        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompts = [tensor for tensor in given if tensor is not None]
+        prompt: torch.Tensor | None = next((tensor for tensor in prompts if tensor.shape[-1] > 0), *prompts[:1] or [None])
         settings = [as_numbers(value) for value in (compression_start, compression_span, compression_ratio)]
         if prompt is not None:
             _check_prompt(prompt, kwargs.get("attention_mask"), self.config.vocab_size)
@@ -502,9 +508,24 @@ class TwoStageGenerationMixin(GenerationMixin):
                 "compress_prompt=True on a filled cache: what the cache has read cannot be compressed any more. Leave "
                 "compress_prompt out to continue, or start without the cache."
             )
-        copies = _copies(kwargs, generation_config, self.generation_config)
+        counts = [
+            _first_given(name, kwargs, generation_config, self.generation_config)
+            for name in ("num_beams", "num_return_sequences")
+        ]
+        copies = max(counts)  # rows that transformers makes of each prompt
         start, span, ratio = (_per_copy(value, copies) for value in settings)
-        read = _Read(cache, prompt)
+        filled = cache is not None and cache.has_previous_state()
+        if filled and (refusal := getattr(cache, "refusal", None)):
+            raise ValueError(refusal)
+        note: _Note | None = getattr(cache, "note", None) if filled else None
+        repeated = note.columns if note is not None and prompt is not None and note.begins(prompt) else 0
+        if repeated and note is not None and note.stale:
+            raise ValueError(
+                "The whole text was given with a cache that has read more than generate gave it. Give only the tokens that "
+                "the cache has not read."
+            )
+        if cache is not None:
+            cache.refusal = _LEFT_IN_THE_MIDDLE
         result = super().generate(
             inputs,
             generation_config,
@@ -517,11 +538,14 @@ class TwoStageGenerationMixin(GenerationMixin):
             prefill_progress=prefill_progress,
             prompt_columns=1 if prompt is None else prompt.shape[1],
             prompt_copies=copies,
-            columns_read=read.repeated,
+            columns_read=repeated,
             **kwargs,
         )
         sequences = result if isinstance(result, torch.Tensor) else result.sequences
-        read.leave_note(getattr(result, "past_key_values", cache), sequences)
+        cache = getattr(result, "past_key_values", cache)
+        if cache is not None:
+            cache.refusal = _HOLDS_BEAMS if counts[0] > 1 else None
+            cache.note = None if counts[0] > 1 else _note_after(note, filled, repeated, prompt, sequences)
         return result
 
     def prepare_inputs_for_generation(
@@ -608,46 +632,57 @@ class TwoStageGenerationMixin(GenerationMixin):
         return total / ((shifted != -100).sum() if items is None else items)
 
 
-def _copies(kwargs: dict[str, Any], *generation_configs: Any) -> int:
-    """How many rows `generate` makes of each prompt; what the first source leaves open, the next one decides."""
-
-    def setting(name: str) -> int:
-        given = [kwargs.get(name), *(getattr(config, name, None) for config in generation_configs)]
-        return next((int(value) for value in given if value is not None), 1)
-
-    return max(setting("num_beams"), setting("num_return_sequences"))
+def _first_given(name: str, kwargs: dict[str, Any], *generation_configs: Any) -> int:
+    """A count of `generate`: what the call leaves open, its configuration decides, then the model's."""
+    given = [kwargs.get(name), *(getattr(config, name, None) for config in generation_configs)]
+    return next((int(value) for value in given if value is not None), 1)
 
 
-class _Read:
-    """What a cache had read before a call of `generate`, and the note of it that the call leaves on the cache.
+class _Note(NamedTuple):
+    """What `generate` leaves on a cache it has moved. A linear cache knows no length, and callers may continue it with the
+    whole text or with only what is new: the text is whole if it begins with what was read.
 
-    A linear cache knows no length, and callers may give the whole text again or only what is new. Embeddings are always
-    the whole text, as transformers has it; ids are, if they begin with those that were read.
+    columns: how many columns were read.
+    index, values: prompt[:, index] is `values` for a whole text: all ids, or the prompt's first and last embedding.
+    stale: the cache has been moved since, outside of `generate`, by nobody knows how much.
     """
 
-    def __init__(self, cache: Cache | None, prompt: torch.Tensor | None):
-        filled = cache is not None and cache.has_previous_state()
-        self.columns: int = getattr(cache, "columns_read", 0) if filled else 0
-        self.ids: torch.Tensor | None = getattr(cache, "ids_read", None) if filled else None
-        self.embedded = prompt.shape[1] if prompt is not None and prompt.dim() == 3 else 0
-        self.repeated = 0  # columns of the prompt that the cache has read
-        if prompt is not None and 0 < self.columns < prompt.shape[1] and (self.embedded or self._begins(prompt)):
-            self.repeated = self.columns
+    columns: int
+    index: Any
+    values: torch.Tensor
+    stale: bool = False
 
-    def _begins(self, prompt: torch.Tensor) -> bool:
-        return self.ids is not None and torch.equal(prompt[:, : self.columns], self.ids)
+    def begins(self, prompt: torch.Tensor) -> bool:
+        values = self.values
+        if prompt.dim() != values.dim() or prompt.shape[0] != values.shape[0] or prompt.shape[1] <= self.columns:
+            return False
+        return torch.equal(prompt[:, self.index], values)
 
-    def leave_note(self, cache: Cache | None, sequences: torch.Tensor) -> None:
-        """All of `sequences` is read now but the last token, which was never fed back."""
-        if cache is None:
-            return
-        read = sequences[:, :-1]
-        earlier = 0 if self.repeated else self.columns
-        cache.columns_read, cache.ids_read = earlier + self.embedded + read.shape[1], None
-        if not self.embedded and not earlier:
-            cache.ids_read = read
-        elif not self.embedded and self.ids is not None and self.ids.shape[0] == read.shape[0]:
-            cache.ids_read = torch.cat([self.ids, read], dim=1)
+
+def _note_after(
+    note: _Note | None, filled: bool, repeated: int, prompt: torch.Tensor | None, sequences: torch.Tensor
+) -> _Note | None:
+    """The note after a call that began with `note`: all of `sequences` is read but the last token, never fed back."""
+    read = sequences[:, :-1]
+    if prompt is not None and prompt.dim() == 3:
+        ends = [0, prompt.shape[1] - 1]
+        whole = not filled or repeated > 0
+        return _Note(prompt.shape[1] + read.shape[1], ends, prompt[:, ends].clone()) if whole else None
+    if filled and not repeated:
+        if note is None or note.stale or note.values.dim() != 2 or note.values.shape[0] != read.shape[0]:
+            return None
+        read = torch.cat([note.values, read], dim=1)
+    return _Note(read.shape[1], slice(read.shape[1]), read)
+
+
+_LEFT_IN_THE_MIDDLE = (
+    "This cache was left in the middle of a call of generate, which was interrupted: it has read tokens that you were not "
+    "given. Start again without it."
+)
+_HOLDS_BEAMS = (
+    "This cache comes from beam search: it holds the running beams, not the returned sequences. Start a new call with the "
+    "whole text and no cache."
+)
 
 
 def _per_copy(setting: Any, copies: int) -> Any:
@@ -669,13 +704,18 @@ _REFUSED_MODES = {
 _KEY_VALUE_CACHES = ("quantized", "paged", "sliding_window", "hybrid")
 
 
-def _refuse_modes(generation_config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _refuse_modes(generation_configs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise for what transformers would ignore or break with a recurrent state."""
+    if kwargs.get("prompt_lengths") is not None:
+        raise ValueError(
+            "generate takes no prompt_lengths: all it is given is the prompt. Leave it out, or call the model itself."
+        )
     if len(args) > 4 and args[4] is not None:
         raise ValueError(f"assistant_model: {_REFUSED_MODES['assistant_model']}")
 
     def asked(name: str) -> Any:
-        return kwargs[name] if kwargs.get(name) is not None else getattr(generation_config, name, None)
+        given = [kwargs.get(name), *(getattr(config, name, None) for config in generation_configs)]
+        return next((value for value in given if value is not None), None)
 
     for name, reason in _REFUSED_MODES.items():
         if asked(name) is not None:
@@ -701,6 +741,23 @@ def _check_prompt(prompt: torch.Tensor, attention_mask: torch.Tensor | None, voc
         check_token_ids(prompt, vocab_size)
     if attention_mask is not None and attention_mask.dim() == 2:
         check_no_empty_prompt(attention_mask.sum(1).tolist())
+
+
+def check_shapes(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, labels: torch.Tensor | None) -> None:
+    """Raise a ValueError that says which shape was expected of ids [B, L], embeddings [B, L, H] and labels [B, L]."""
+    tokens, dimensions = (input_ids, 2) if input_ids is not None else (inputs_embeds, 3)
+    if tokens is None or tokens.dim() != dimensions:
+        shape = None if tokens is None else tuple(tokens.shape)
+        raise ValueError(
+            f"The input has the shape {shape}, expected [batch, length] ids or [batch, length, hidden] embeddings."
+        )
+    if tokens.shape[1] == 0:
+        raise ValueError("The input has no tokens: its length is 0. Give at least one token.")
+    if labels is not None and labels.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"labels have the shape {tuple(labels.shape)}, the input {tuple(tokens.shape[:2])}. They must be equal: one "
+            "label a token, -100 where it does not count."
+        )
 
 
 def check_no_empty_prompt(lengths: list[int]) -> None:
