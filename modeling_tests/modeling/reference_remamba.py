@@ -25,9 +25,9 @@ def mixer(weights, config, h, alpha, state):
     conv, ssm = state if state is not None else (h.new_zeros(inner, width), h.new_zeros(inner, size))
     outputs = []
     for t in range(h.shape[0]):
-        x, z = (h[t] @ weights["in_proj.weight"].T).split(inner)
+        x, z = (h[t] @ weights["in_proj.weight"].T + weights.get("in_proj.bias", 0)).split(inner)
         conv = torch.cat([conv[:, 1:], x[:, None]], dim=1)
-        x = F.silu((conv * weights["conv1d.weight"][:, 0]).sum(-1) + weights["conv1d.bias"])
+        x = F.silu((conv * weights["conv1d.weight"][:, 0]).sum(-1) + weights.get("conv1d.bias", 0))
         low, B, C = (x @ weights["x_proj.weight"].T).split([rank, size, size])
         raw = weights["dt_proj.weight"] @ low
         if alpha[t] is not None:
@@ -35,7 +35,7 @@ def mixer(weights, config, h, alpha, state):
         dt = F.softplus(raw + weights["dt_proj.bias"])
         ssm = torch.exp(dt[:, None] * A) * ssm + dt[:, None] * B[None] * x[:, None]
         y = ssm @ C + weights["D"] * x
-        outputs.append((y * F.silu(z)) @ weights["out_proj.weight"].T)
+        outputs.append((y * F.silu(z)) @ weights["out_proj.weight"].T + weights.get("out_proj.bias", 0))
     return torch.stack(outputs), (conv, ssm)
 
 
@@ -62,8 +62,17 @@ def window_of(prompt_length, start, span, ratio):
     return begin, length, math.ceil(length * ratio)
 
 
-def two_stages(weights, config, ids, prompt_length, start, span, ratio, scale_gradient=False, fixed=None):
-    """ids [L] -> logits [L, V], kept positions, scores, states. `fixed` replaces the selection (for gradient checks)."""
+def chosen_of(selection, scores, kept):
+    """Positions in the window, ascending: the best scored (of equal ones the earlier), or evenly spaced ones."""
+    length = len(scores)
+    if selection == "stride":
+        return [i * length // kept for i in range(kept)]
+    return sorted(sorted(range(length), key=lambda i: (-scores[i].item(), i))[:kept])
+
+
+def two_stages(weights, config, ids, prompt_length, start, span, ratio, scale_gradient=False, fixed=None, selection="score"):
+    """ids [L] -> logits [L, V], kept positions, scores, states. `fixed` replaces the selection (for gradient checks, and
+    for "random", which is random)."""
     embeddings = weights["backbone.embeddings.weight"]
     head = weights.get("lm_head.weight", embeddings)
     begin, length, kept = window_of(prompt_length, start, span, ratio)
@@ -76,13 +85,15 @@ def two_stages(weights, config, ids, prompt_length, start, span, ratio, scale_gr
     query = mlp(compressor, "query", h1[prompt_length - 1])
     keys = mlp(compressor, "key", h1[begin : begin + length])
     scores = torch.stack([(k @ query) / (k.norm() * query.norm()).clamp(min=1e-8) for k in keys])
-    chosen = sorted(sorted(range(length), key=lambda i: (-scores[i].item(), i))[:kept]) if fixed is None else fixed
+    chosen = chosen_of(selection, scores, kept) if fixed is None else fixed
     alpha = F.relu(scores[chosen])
     if scale_gradient:
         alpha = alpha * alpha.detach() + (alpha - alpha * alpha.detach()).detach()
     values = mlp(compressor, "value", h1[begin : begin + length][chosen])
-    spliced = torch.cat([x[:begin], values, x[begin + length :]])
     steps = [None] * begin + list(alpha) + [None] * (x.shape[0] - begin - length)
+    if selection == "multiplicative":
+        values, steps = values * scores[chosen].softmax(0)[:, None], None
+    spliced = torch.cat([x[:begin], values, x[begin + length :]])
     h2, states = one_pass(weights, config, spliced, steps)
     h = torch.cat([h1[: begin + length], h2[begin + kept :]])
     return h @ head.T, [begin + i for i in chosen], [scores[i].item() for i in chosen], states

@@ -349,6 +349,11 @@ class ReMambaModel(TwoStageBackbone, ReMambaPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
             use_cache = False
+            if _is_filled(cache_params) and torch.is_grad_enabled():
+                raise ValueError(
+                    "A filled cache cannot be continued under gradient checkpointing: recomputing would find it moved. "
+                    "Call gradient_checkpointing_disable(), or start without the cache."
+                )
         if not use_cache and not _is_filled(cache_params):
             cache_params = None
         elif cache_params is None:

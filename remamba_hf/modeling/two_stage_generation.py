@@ -105,6 +105,9 @@ class PackedRows:
                 order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
                 index = order if input_ids is not None else order.unsqueeze(-1).expand_as(tokens)
                 tokens = tokens.gather(1, index)
+                if inputs_embeds is not None:  # whatever a buffer holds at pads, NaN included, stays out of the states
+                    pads = torch.arange(self.columns, device=self.device) >= real.sum(1, keepdim=True)
+                    tokens = tokens.masked_fill(pads.unsqueeze(-1), 0)
         self.tokens = tokens
         self.are_ids = input_ids is not None
 
@@ -493,6 +496,7 @@ class TwoStageGenerationMixin(GenerationMixin):
         if (cache := kwargs.pop("past_key_values", None)) is not None:
             kwargs.setdefault("cache_params", cache)
         cache = kwargs.get("cache_params")
+        _refuse_unequal_lengths(inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompts = [tensor for tensor in given if tensor is not None]
         prompt: torch.Tensor | None = next((tensor for tensor in prompts if tensor.shape[-1] > 0), *prompts[:1] or [None])
@@ -519,13 +523,16 @@ class TwoStageGenerationMixin(GenerationMixin):
             raise ValueError(refusal)
         note: _Note | None = getattr(cache, "note", None) if filled else None
         repeated = note.columns if note is not None and prompt is not None and note.begins(prompt) else 0
+        if note is not None and prompt is not None and note.goes_beyond(prompt):
+            raise ValueError(
+                "The cache has read more than this text, and a recurrent state cannot be rolled back. Start again without "
+                "the cache, or give what comes after what it has read."
+            )
         if repeated and note is not None and note.stale:
             raise ValueError(
                 "The whole text was given with a cache that has read more than generate gave it. Give only the tokens that "
                 "the cache has not read."
             )
-        if cache is not None:
-            cache.refusal = _LEFT_IN_THE_MIDDLE
         result = super().generate(
             inputs,
             generation_config,
@@ -572,7 +579,9 @@ class TwoStageGenerationMixin(GenerationMixin):
         filled = cache_params is not None and cache_params.has_previous_state()
         if filled and not is_first_iteration:
             input_ids, attention_mask = input_ids[:, -1:], None
-        elif filled and columns_read:  # the whole text came again
+        if is_first_iteration and cache_params is not None:
+            cache_params.refusal = _LEFT_IN_THE_MIDDLE  # until the call ends, it is ahead of what its owner was given
+        if filled and is_first_iteration and columns_read:  # the whole text came again
             input_ids = input_ids[:, columns_read:]
             inputs_embeds = inputs_embeds if inputs_embeds is None else inputs_embeds[:, columns_read:]
         model_inputs = super().prepare_inputs_for_generation(
@@ -652,6 +661,11 @@ class _Note(NamedTuple):
     values: torch.Tensor
     stale: bool = False
 
+    def goes_beyond(self, prompt: torch.Tensor) -> bool:
+        """Whether the prompt is a beginning of the ids that were read, more of it than a last token fed again."""
+        length = prompt.shape[1]
+        return prompt.dim() == 2 and 1 < length <= self.columns and torch.equal(self.values[:, :length], prompt)
+
     def begins(self, prompt: torch.Tensor) -> bool:
         values = self.values
         if prompt.dim() != values.dim() or prompt.shape[0] != values.shape[0] or prompt.shape[1] <= self.columns:
@@ -672,7 +686,7 @@ def _note_after(
         if note is None or note.stale or note.values.dim() != 2 or note.values.shape[0] != read.shape[0]:
             return None
         read = torch.cat([note.values, read], dim=1)
-    return _Note(read.shape[1], slice(read.shape[1]), read)
+    return _Note(read.shape[1], slice(read.shape[1]), read.clone())
 
 
 _LEFT_IN_THE_MIDDLE = (
@@ -728,6 +742,16 @@ def _refuse_modes(generation_configs: list[Any], args: tuple[Any, ...], kwargs: 
         raise ValueError(
             f"cache_implementation={asked('cache_implementation')!r} stores keys and values, which this model has none "
             "of. Its state has a constant size: leave cache_implementation out, or use 'static' or 'offloaded'."
+        )
+
+
+def _refuse_unequal_lengths(ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> None:
+    if ids is None or embeddings is None or ids.shape[-1] == 0:
+        return
+    if ids.shape[:2] != embeddings.shape[:2]:
+        raise ValueError(
+            f"input_ids {tuple(ids.shape)} and inputs_embeds {tuple(embeddings.shape)} are of different lengths. Give the "
+            "ids that the embeddings stand for, or only one of them."
         )
 
 

@@ -1,0 +1,635 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model: plain passes against transformers' Mamba, two-stage passes against the float64 reference, row by row."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig, MambaForCausalLM
+
+from modeling_tests.modeling import reference_remamba as reference
+from modeling_tests.modeling.tiny_models import (
+    RATIO,
+    SPAN,
+    START,
+    assert_close,
+    assert_same_cache,
+    cached_states,
+    padded,
+    random_rows,
+    tiny_config,
+    tiny_model,
+)
+from remamba_hf import ReMambaConfig, ReMambaForCausalLM, ReMambaModel
+
+PROMPTS, RESPONSES = (1, 2, 3, 4, 9, 30, 47), (2, 1, 4, 0, 3, 6, 1)
+
+
+# Plain passes
+
+
+@pytest.fixture(scope="module")
+def transformers_mamba(tmp_path_factory):
+    """Build transformers' Mamba with the given settings and load its checkpoint as ReMamba."""
+
+    def build(**settings):
+        config = MambaConfig(
+            **{**dict(vocab_size=50, hidden_size=32, state_size=8, num_hidden_layers=3, pad_token_id=0), **settings}
+        )
+        torch.manual_seed(0)
+        theirs = MambaForCausalLM(config).eval()
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if not name.endswith(("A_log", "mixer.D", "dt_proj.bias")):
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        folder = tmp_path_factory.mktemp("mamba")
+        theirs.save_pretrained(folder)
+        return theirs, ReMambaForCausalLM.from_pretrained(folder).eval()
+
+    return build
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(use_bias=True),
+        dict(use_conv_bias=False),
+        dict(tie_word_embeddings=False),
+        dict(residual_in_fp32=False),
+        dict(expand=1, conv_kernel=3, time_step_rank=5),
+        dict(conv_kernel=2, state_size=1),
+        dict(hidden_size=24, layer_norm_epsilon=1e-3),
+    ],
+    ids=str,
+)
+def test_plain_mode_is_transformers_mamba(transformers_mamba, settings):
+    theirs, ours = transformers_mamba(**settings)
+    ids = torch.randint(0, 50, (2, 70))
+    labels = ids.clone()
+    with torch.no_grad():
+        expected = theirs(ids, labels=labels, output_hidden_states=True)
+        actual = ours(ids, labels=labels, output_hidden_states=True, use_cache=True)
+    assert_close(actual.logits, expected.logits, 1e-5, "logits")
+    assert actual.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert actual.compressed_positions is None
+    assert len(actual.hidden_states) == 4
+    assert len(expected.hidden_states) == 4
+    for layer, (one, other) in enumerate(zip(actual.hidden_states, expected.hidden_states, strict=True)):
+        assert_close(one, other, 1e-5, f"hidden states of layer {layer}")
+    with torch.no_grad():
+        cached = theirs(ids, use_cache=True).cache_params
+    assert_same_cache(actual.cache_params, cached, 1e-5)
+
+
+def test_plain_gradients_are_transformers_mambas(transformers_mamba):
+    theirs, ours = transformers_mamba()
+    ids = torch.randint(0, 50, (2, 33))
+    theirs(ids, labels=ids).loss.backward()
+    ours.train()(ids, labels=ids).loss.backward()
+    own = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert_close(own[name].grad, parameter.grad, 1e-4, name)
+    for name, parameter in own.items():
+        assert (parameter.grad is None) == ("compressor" in name or "adaptation" in name), name
+
+
+def test_the_checkpoints_keys_are_as_documented():
+    config = tiny_config(num_hidden_layers=2, use_bias=True)
+    plain = MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=2, use_bias=True)
+    theirs = set(MambaForCausalLM(plain).state_dict())
+    added = {f"backbone.layers.{layer}.mixer.adaptation.bias" for layer in range(2)}
+    for projection in ("query", "key", "value"):
+        added |= {f"backbone.compressor.{projection}.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
+    assert set(ReMambaForCausalLM(config).state_dict()) == theirs | added
+
+
+def test_start_values():
+    """Theta is zero, dt lies in its range, A is S4D-real: a fresh model is a fresh Mamba."""
+    torch.manual_seed(0)
+    config = ReMambaConfig(vocab_size=50, hidden_size=64, state_size=8, num_hidden_layers=2)
+    model = ReMambaForCausalLM(config)
+    for layer in model.backbone.layers:
+        mixer = layer.mixer
+        assert mixer.adaptation.bias.abs().max() == 0
+        dt = torch.nn.functional.softplus(mixer.dt_proj.bias)
+        assert config.time_step_min * 0.99 <= dt.min() < dt.max() <= config.time_step_max * 1.01
+        torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 9).expand(128, 8))
+        assert (mixer.D == 1).all()
+        assert (layer.norm.weight == 1).all()
+        assert mixer.conv1d.bias.abs().max() == 0
+
+
+# Two stages
+
+
+def batch_of(padding, responses=RESPONSES, seed=1):
+    rows = random_rows([p + r for p, r in zip(PROMPTS, responses, strict=True)], seed)
+    return rows, *padded(rows, padding)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2, 3, 7, 64])
+@pytest.mark.parametrize("padding", ["left", "right", "both"])
+@pytest.mark.smoke
+def test_ragged_rows_agree_with_the_reference(padding, chunk):
+    """Logits at all tokens, kept positions, scores and states; prompts of 1 to 47 tokens side by side."""
+    model = tiny_model()
+    rows, ids, mask, places = batch_of(padding)
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, prompt_lengths=PROMPTS, use_cache=True, prefill_chunk_length=chunk)
+    for row, place in enumerate(places):
+        logits, positions, scores, states = reference.two_stages(
+            model.state_dict(), model.config, rows[row], PROMPTS[row], START, SPAN, RATIO
+        )
+        assert_close(output.logits[row, place], logits, 1e-10, f"logits of row {row}")
+        kept = output.compressed_positions[row]
+        assert kept[kept >= 0].tolist() == positions
+        assert (kept[len(positions) :] == -1).all()
+        torch.testing.assert_close(output.compression_scores[row, : len(positions)].tolist(), scores, rtol=0, atol=1e-12)
+        assert (output.compression_scores[row, len(positions) :] == 0).all()
+        assert_same_cache(cached_states(output.cache_params, row), states, 1e-10, f"cache of row {row}")
+
+
+@pytest.mark.parametrize("selection", ["score", "stride", "random", "multiplicative"])
+def test_every_selection_agrees_with_the_reference(selection):
+    model = tiny_model(selection=selection)
+    rows, ids, mask, places = batch_of("left")
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, prompt_lengths=PROMPTS, use_cache=True)
+    for row, place in enumerate(places):
+        kept = [position for position in output.compressed_positions[row].tolist() if position >= 0]
+        begin, length, count = reference.window_of(PROMPTS[row], START, SPAN, RATIO)
+        fixed = [position - begin for position in kept] if selection == "random" else None
+        if fixed:
+            assert len(set(fixed)) == count
+            assert set(fixed) <= set(range(length))
+        logits, positions, _, states = reference.two_stages(
+            model.state_dict(), model.config, rows[row], PROMPTS[row], START, SPAN, RATIO, fixed=fixed, selection=selection
+        )
+        assert kept == positions
+        assert_close(output.logits[row, place], logits, 1e-10, f"logits of row {row}")
+        assert_same_cache(cached_states(output.cache_params, row), states, 1e-10)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_settings_of_each_row(kind):
+    model = tiny_model()
+    rows, ids, mask, places = batch_of("both")
+    starts, spans, ratios = [0, 0.5, 0, 0.3, 0, 0.25, 0.9], [1, 0.5, 0.1, 0.7, 0.9, 0.5, 0.1], [1, 0.1, 1, 0.5, 0.2, 0.9, 1]
+    settings = dict(compression_start=kind(starts), compression_span=kind(spans), compression_ratio=kind(ratios))
+    if kind is torch.tensor:
+        settings = {name: value.double() for name, value in settings.items()}
+        starts, spans, ratios = (value.tolist() for value in settings.values())
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, prompt_lengths=torch.tensor(PROMPTS), **settings)
+    for row, place in enumerate(places):
+        logits, positions, _, _ = reference.two_stages(
+            model.state_dict(), model.config, rows[row], PROMPTS[row], starts[row], spans[row], ratios[row]
+        )
+        assert_close(output.logits[row, place], logits, 1e-10, f"logits of row {row}")
+        assert [p for p in output.compressed_positions[row].tolist() if p >= 0] == positions
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(use_bias=True), dict(use_conv_bias=False), dict(conv_kernel=2, expand=1)], ids=str
+)
+def test_other_shapes_agree_with_the_reference(settings):
+    model = tiny_model(**settings)
+    (row,) = random_rows([40])
+    with torch.no_grad():
+        output = model(row[None], prompt_lengths=[33], use_cache=True)
+    logits, _, _, states = reference.two_stages(model.state_dict(), model.config, row, 33, START, SPAN, RATIO)
+    assert_close(output.logits[0], logits, 1e-10, "logits")
+    assert_same_cache(cached_states(output.cache_params, 0), states, 1e-10)
+
+
+def test_pads_in_the_middle_of_a_row():
+    model = tiny_model()
+    (row,) = random_rows([30])
+    ids, mask = torch.full((1, 40), 7), torch.zeros(1, 40, dtype=torch.long)
+    columns = torch.tensor([*range(2, 5), *range(7, 20), *range(24, 38)])
+    ids[0, columns], mask[0, columns] = row, 1
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, prompt_lengths=[25], use_cache=True)
+        alone = model(row[None], prompt_lengths=[25], use_cache=True)
+    assert_close(output.logits[:, columns], alone.logits, 1e-12, "logits")
+    assert output.compressed_positions.tolist() == alone.compressed_positions.tolist()
+    assert_same_cache(output.cache_params, alone.cache_params, 1e-12)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.long, torch.bool, torch.float32])
+def test_a_mask_of_any_dtype(mask_dtype):
+    model = tiny_model()
+    _, ids, mask, _ = batch_of("left")
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, prompt_lengths=PROMPTS).logits
+        assert torch.equal(model(ids, attention_mask=mask.to(mask_dtype), prompt_lengths=PROMPTS).logits, expected)
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "both"])
+def test_plain_ragged_rows_equal_themselves_alone(padding):
+    """With an all-pad row among them; transformers' own Mamba caches wrong states under right padding."""
+    model = tiny_model()
+    rows = random_rows([5, 0, 21, 1])
+    ids, mask, places = padded(rows, padding)
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, use_cache=True)
+        for row, place in enumerate(places):
+            if len(rows[row]):
+                alone = model(rows[row][None], use_cache=True)
+                assert_close(output.logits[row, place], alone.logits[0], 1e-12, f"logits of row {row}")
+                assert_same_cache(cached_states(output.cache_params, row), cached_states(alone.cache_params, 0), 1e-12)
+    assert output.logits.isfinite().all()
+
+
+def test_a_batch_of_pads_alone():
+    model = tiny_model()
+    ids, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, use_cache=True)
+    assert output.logits.shape == (2, 9, 50)
+    assert output.logits.isfinite().all()
+
+
+def test_nan_at_pads_goes_nowhere():
+    """Embeddings of pads may be uninitialised memory."""
+    model = tiny_model()
+    _, ids, mask, places = batch_of("left")
+    embeddings = model.get_input_embeddings()(ids).detach()
+    embeddings[mask == 0] = torch.nan
+    with torch.no_grad():
+        for settings in ({}, dict(compress_prompt=True)):
+            expected = model(ids, attention_mask=mask, use_cache=True, **settings)
+            actual = model(inputs_embeds=embeddings, attention_mask=mask, use_cache=True, **settings)
+            for row, place in enumerate(places):
+                assert_close(actual.logits[row, place], expected.logits[row, place], 1e-12, "logits")
+            assert_same_cache(actual.cache_params, expected.cache_params, 1e-12)
+
+
+def test_labels_tell_the_prompt():
+    model = tiny_model()
+    rows, ids, mask, places = batch_of("left", responses=(2, 1, 4, 1, 3, 6, 1))
+    labels = torch.full_like(ids, -100)
+    for row, place in enumerate(places):
+        labels[row, place.start + PROMPTS[row] : place.stop] = rows[row][PROMPTS[row] :]
+    with torch.no_grad():
+        by_labels = model(ids, attention_mask=mask, labels=labels)
+        by_lengths = model(ids, attention_mask=mask, labels=labels, prompt_lengths=PROMPTS)
+        without = model(ids, attention_mask=mask, prompt_lengths=PROMPTS)
+    assert torch.equal(by_labels.logits, by_lengths.logits)
+    assert torch.equal(by_labels.logits, without.logits)
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    expected = torch.nn.functional.cross_entropy(by_labels.logits.flatten(0, 1), shifted.flatten())
+    assert by_labels.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_a_prompt_may_end_before_the_labels_start():
+    """prompt_lengths wins: what stands between prompt and labels is read after the window."""
+    model = tiny_model()
+    (row,) = random_rows([30])
+    labels = torch.where(torch.arange(30) < 26, -100, row)[None]
+    with torch.no_grad():
+        output = model(row[None], labels=labels, prompt_lengths=[20])
+    logits, positions, _, _ = reference.two_stages(model.state_dict(), model.config, row, 20, START, SPAN, RATIO)
+    assert output.compressed_positions.tolist() == [positions]
+    assert_close(output.logits[0], logits, 1e-10, "logits")
+
+
+def test_plain_rows_beside_compressed_ones():
+    """Labels from the first token on mean plain language modeling, for that row alone."""
+    model = tiny_model()
+    rows = random_rows([20, 25])
+    ids, mask, places = padded(rows, "right", spare=0)
+    labels = torch.where(mask.bool(), ids, -100)
+    labels[1, :15] = -100
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, labels=labels)
+        plain = model(rows[0][None]).logits[0]
+    logits, positions, _, _ = reference.two_stages(model.state_dict(), model.config, rows[1], 15, START, SPAN, RATIO)
+    assert_close(output.logits[0, places[0]], plain, 1e-12, "logits of the plain row")
+    assert_close(output.logits[1], logits, 1e-10, "logits of the compressed row")
+    assert output.compressed_positions.tolist() == [[-1] * len(positions), positions]
+
+
+def test_without_a_known_prompt_it_is_a_plain_pass():
+    model = tiny_model()
+    (row,) = random_rows([30])
+    plain, _ = reference.one_pass(model.state_dict(), model.config, model.state_dict()["backbone.embeddings.weight"][row])
+    plain = plain @ model.lm_head.weight.T
+    with torch.no_grad():
+        for settings in ({}, dict(compress_prompt=False), dict(compress_prompt=False, prompt_lengths=[20])):
+            output = model(row[None], **settings)
+            assert output.compressed_positions is None
+            assert_close(output.logits[0], plain, 1e-10, "logits")
+        whole = model(row[None], compress_prompt=True)
+        assert torch.equal(whole.logits, model(row[None], prompt_lengths=[30]).logits)
+        assert not torch.equal(whole.logits, output.logits)
+
+
+def test_short_prompts_are_read_as_they_are():
+    model = tiny_model(compression_min_prompt=20)
+    rows = random_rows([19, 20])
+    ids, mask, places = padded(rows)
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, prompt_lengths=[19, 20])
+        assert_close(output.logits[0, places[0]], model(rows[0][None]).logits[0], 1e-12)
+    assert (output.compressed_positions[0] == -1).all()
+    assert (output.compressed_positions[1] >= 0).all()
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("keep", [1, 3, 20, 1000, "tensor"])
+def test_logits_to_keep(padding, keep):
+    model = tiny_model()
+    _, ids, mask, _ = batch_of(padding)
+    columns = torch.tensor([0, 5, 6, 40, ids.shape[1] - 1]) if keep == "tensor" else slice(-keep, None)
+    with torch.no_grad():
+        for settings in (dict(prompt_lengths=PROMPTS), {}):
+            every = model(ids, attention_mask=mask, use_cache=True, **settings)
+            for chunk in (None, 5):
+                some = model(
+                    ids,
+                    attention_mask=mask,
+                    use_cache=True,
+                    prefill_chunk_length=chunk,
+                    logits_to_keep=columns if keep == "tensor" else keep,
+                    **settings,
+                )
+                assert_close(some.logits, every.logits[:, columns], 1e-12, "logits")
+                assert_same_cache(some.cache_params, every.cache_params, 1e-12)
+
+
+def test_logits_to_keep_leaves_the_loss_whole():
+    model = tiny_model()
+    ids = torch.stack(random_rows([30, 30]))
+    labels = torch.where(torch.arange(30) < 20, -100, ids)
+    with torch.no_grad():
+        every, some = model(ids, labels=labels), model(ids, labels=labels, logits_to_keep=2)
+    assert torch.equal(some.loss, every.loss)
+    assert torch.equal(some.logits, every.logits[:, -2:])
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_embeddings_in_place_of_ids(padding):
+    model = tiny_model()
+    _, ids, mask, _ = batch_of(padding)
+    embeddings = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        for settings in (dict(prompt_lengths=PROMPTS), {}):
+            expected = model(ids, attention_mask=mask, **settings)
+            actual = model(inputs_embeds=embeddings, attention_mask=mask, **settings)
+            assert_close(actual.logits, expected.logits, 1e-12, "logits")
+
+
+def test_hidden_states_are_those_of_stage_1():
+    model = tiny_model()
+    rows = random_rows([30, 20])
+    ids, mask, places = padded(rows, "left", spare=0)
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, compress_prompt=True, output_hidden_states=True)
+        plain = model(ids, attention_mask=mask, output_hidden_states=True)
+        chunked = model(ids, attention_mask=mask, compress_prompt=True, output_hidden_states=True, prefill_chunk_length=7)
+    assert len(output.hidden_states) == 4
+    for mine, theirs, pieces in zip(output.hidden_states, plain.hidden_states, chunked.hidden_states, strict=True):
+        assert mine.shape == theirs.shape == (2, 30, 16)
+        for row, place in enumerate(places):
+            assert_close(mine[row, place], theirs[row, place], 1e-12, "hidden states")
+            assert_close(pieces[row, place], theirs[row, place], 1e-12, "hidden states in chunks")
+
+
+def test_the_backbone_alone():
+    model = tiny_model()
+    ids = torch.stack(random_rows([30, 30]))
+    with torch.no_grad():
+        output = model.backbone(ids, prompt_lengths=[25, 22], use_cache=True)
+        expected = model(ids, prompt_lengths=[25, 22], use_cache=True)
+    assert isinstance(model.backbone, ReMambaModel)
+    assert torch.equal(model.lm_head(output.last_hidden_state), expected.logits)
+    assert torch.equal(output.compressed_positions, expected.compressed_positions)
+
+
+def test_tuples():
+    model = tiny_model()
+    ids = torch.stack(random_rows([30]))
+    with torch.no_grad():
+        expected = model(ids, compress_prompt=True, use_cache=True)
+        actual = model(ids, compress_prompt=True, use_cache=True, return_dict=False)
+    assert isinstance(actual, tuple)
+    assert torch.equal(actual[0], expected.logits)
+    assert len(actual) == len(expected)
+
+
+# Continuing
+
+
+@pytest.mark.parametrize("padding", ["left", "right", "both"])
+@pytest.mark.smoke
+def test_new_tokens_after_a_cache(padding):
+    """Ragged prompts, then ragged pieces of one and of several tokens, with every way to hand the cache over."""
+    model = tiny_model()
+    prompts = random_rows(PROMPTS)
+    ids, mask, _ = padded(prompts, padding)
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, compress_prompt=True, use_cache=True).cache_params
+        texts = list(prompts)
+        for turn, lengths in enumerate([(3, 1, 4, 1, 5, 2, 6), (1,) * 7, (2, 7, 1, 8, 2, 8, 1), (4,) * 7]):
+            pieces = random_rows(lengths, seed=turn + 5)
+            texts = [torch.cat(pair) for pair in zip(texts, pieces, strict=True)]
+            ids, mask, places = padded(pieces, padding, spare=turn % 2)
+            name = ("cache_params", "past_key_values")[turn % 2]
+            output = model(ids, attention_mask=mask if turn % 3 else None if mask.all() else mask, **{name: cache})
+            for row, text in enumerate(texts):
+                logits, _, _, states = reference.two_stages(
+                    model.state_dict(), model.config, text, PROMPTS[row], START, SPAN, RATIO
+                )
+                assert_close(output.logits[row, places[row]], logits[-lengths[row] :], 1e-10, f"turn {turn}, row {row}")
+                assert_same_cache(cached_states(cache, row), states, 1e-10, f"turn {turn}, row {row}")
+
+
+@pytest.mark.parametrize("pieces", [[1] * 30, [7, 1, 12, 10], [30], [29, 1], [1, 29]], ids=str)
+def test_a_plain_text_in_pieces(pieces):
+    """transformers' Mamba drops its state when more than one token follows a cache."""
+    model = tiny_model()
+    ids = torch.stack(random_rows([30, 30]))
+    with torch.no_grad():
+        whole = model(ids, use_cache=True)
+        cache, outputs = DynamicCache(config=model.config), []
+        for piece in ids.split(pieces, dim=1):
+            outputs.append(model(piece, cache_params=cache, use_cache=True).logits)
+    assert_close(torch.cat(outputs, dim=1), whole.logits, 1e-10, "logits")
+    assert_same_cache(cache, whole.cache_params, 1e-10)
+
+
+def test_steps_with_gradients_enabled_are_the_same():
+    model = tiny_model()
+    ids = torch.stack(random_rows([10, 10]))
+    cache = model(ids[:, :7], use_cache=True).cache_params
+    expected = model(ids).logits
+    for t in range(7, 10):
+        assert_close(model(ids[:, t : t + 1], cache_params=cache).logits[:, 0], expected[:, t], 1e-10)
+
+
+def test_cache_reset_reorder_and_select():
+    model = tiny_model()
+    prompts, new = torch.stack(random_rows([20, 20, 20])), torch.stack(random_rows([3, 3, 3], seed=2))
+    with torch.no_grad():
+
+        def read():
+            return model(prompts, compress_prompt=True, use_cache=True).cache_params
+
+        expected = model(new, cache_params=read()).logits
+        order = torch.tensor([2, 0, 0, 1])
+        cache = read()
+        cache.reorder_cache(order)
+        one_each = model(new[order], cache_params=cache).logits
+        assert_close(one_each, expected[order], 1e-12, "after reorder_cache")
+        cache = read()
+        cache.reset()
+        assert not cache.has_previous_state()
+        again = model(prompts, compress_prompt=True, cache_params=cache, use_cache=True)
+        assert_same_cache(again.cache_params, read(), 1e-12)
+        copied = copy.deepcopy(cache)
+        model(new, cache_params=copied)
+        assert_close(model(new, cache_params=cache).logits, expected, 1e-12, "after a copy of the cache moved on")
+
+
+def test_a_caller_keeps_the_results():
+    """Outputs of one call must not change when the cache moves on in place."""
+    model = tiny_model()
+    ids = torch.stack(random_rows([20, 20]))
+    with torch.no_grad():
+        output = model(ids, compress_prompt=True, use_cache=True)
+        before = output.logits.clone(), ids.clone()
+        for _ in range(3):
+            model(ids[:, :1], cache_params=output.cache_params)
+    assert torch.equal(output.logits, before[0])
+    assert torch.equal(ids, before[1])
+
+
+# Dtypes and devices
+
+
+@pytest.mark.smoke
+def test_bfloat16_checkpoints_keep_the_recurrence_in_float32(tmp_path):
+    model = tiny_model(torch.float32)
+    model.save_pretrained(tmp_path)
+    half = ReMambaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    for name, parameter in half.named_parameters():
+        recurrent = name.endswith(("A_log", "mixer.D", "dt_proj.bias", "adaptation.bias"))
+        assert parameter.dtype == (torch.float32 if recurrent else torch.bfloat16), name
+        if recurrent:
+            assert torch.equal(parameter, model.get_parameter(name)), name
+    ids = torch.stack(random_rows([60, 60]))
+    with torch.no_grad():
+        expected = model(ids, compress_prompt=True, use_cache=True)
+        actual = half(ids, compress_prompt=True, use_cache=True)
+    assert actual.logits.dtype == torch.float32
+    assert_close(actual.logits, expected.logits, 5e-2, "logits")
+    assert all(recurrent.dtype == torch.float32 for _, recurrent in cached_states(actual.cache_params))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
+def test_a_cast_model_runs(dtype, limit):
+    model = tiny_model(torch.float32)
+    ids = torch.stack(random_rows([40, 40]))
+    with torch.no_grad():
+        expected = model(ids, compress_prompt=True)
+        cast = copy.deepcopy(model).to(dtype)
+        assert_close(cast(ids, compress_prompt=True).logits, expected.logits, limit, "logits")
+        assert cast.generate(ids, max_new_tokens=3).shape == (2, 43)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_autocast_is_finite_and_near(checkpointing):
+    model = tiny_model(torch.float32).train()
+    ids = torch.stack(random_rows([40, 40]))
+    labels = torch.where(torch.arange(40) < 30, -100, ids)
+    expected = model(ids, labels=labels).loss
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, labels=labels).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=3e-2)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_a_double_model_computes_in_double():
+    """Nothing inside may pass through float32: a change of 1e-12 in the embeddings must show, and only as large."""
+    model = tiny_model()
+    embeddings = model.get_input_embeddings()(torch.stack(random_rows([40])))
+    labels = torch.where(torch.arange(40) < 30, -100, random_rows([40])[0])[None]
+    with torch.no_grad():
+        one = model(inputs_embeds=embeddings, labels=labels, use_cache=True)
+        other = model(inputs_embeds=embeddings * (1 + 1e-12), labels=labels, use_cache=True)
+    assert one.logits.dtype == one.loss.dtype == one.compression_scores.dtype == torch.float64
+    assert 0 < (one.logits - other.logits).abs().max() < 1e-9
+    for (_, first), (_, second) in zip(cached_states(one.cache_params), cached_states(other.cache_params), strict=True):
+        assert 0 < (first - second).abs().max() < 1e-9
+    assert 0 < abs((one.loss - other.loss).item()) < 1e-9
+
+
+def test_meta_then_load(tmp_path):
+    model = tiny_model(torch.float32)
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = ReMambaForCausalLM(model.config)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is ReMambaForCausalLM
+    ids = torch.stack(random_rows([30]))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, compress_prompt=True).logits, model(ids, compress_prompt=True).logits)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    with torch.no_grad():
+        assert torch.equal(empty.eval()(ids, compress_prompt=True).logits, model(ids, compress_prompt=True).logits)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(compress_prompt=True, compression_ratio=1.0)], ids=str)
+def test_shapes_on_the_meta_device(settings):
+    """Counters of parameters and operations run models there."""
+    model = tiny_model(torch.float32, selection="stride").to("meta")
+    assert model(torch.zeros(2, 20, dtype=torch.long, device="meta"), use_cache=False, **settings).logits.shape == (2, 20, 50)
+
+
+def test_copies_and_pickles():
+    model = tiny_model()
+    ids = torch.stack(random_rows([30]))
+    config = pickle.loads(pickle.dumps(model.config))
+    assert config.to_dict() == model.config.to_dict()
+    with torch.no_grad():
+        expected = model(ids, compress_prompt=True).logits
+        assert torch.equal(copy.deepcopy(model)(ids, compress_prompt=True).logits, expected)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(ids, compress_prompt=True).logits, expected)
+
+
+def test_initialize_compressor():
+    """remamba.md: the first blocks of layer 0's projections, copied."""
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.initialize_compressor()
+    weights = model.state_dict()
+    enter, leave = (before[f"backbone.layers.0.mixer.{name}.weight"] for name in ("in_proj", "out_proj"))
+    expected = dict(key=(enter[:16], enter[16:32]), query=(enter[32:48], enter[48:]), value=(leave[:, :16], leave[:, 16:]))
+    for name, pair in expected.items():
+        for index, weight in zip((0, 2), pair, strict=True):
+            key = f"backbone.compressor.{name}.{index}"
+            assert torch.equal(weights[f"{key}.weight"], weight)
+            assert weights[f"{key}.bias"].abs().max() == 0
+    with torch.no_grad():
+        model.backbone.compressor.key[0].weight.zero_()
+    assert torch.equal(model.backbone.layers[0].mixer.in_proj.weight, enter)
+
+
+def test_determinism():
+    model = tiny_model(torch.float32)
+    _, ids, mask, _ = batch_of("left")
+    with torch.no_grad():
+        first, second = (model(ids, attention_mask=mask, prompt_lengths=PROMPTS) for _ in range(2))
+    assert torch.equal(first.logits, second.logits)
+    assert torch.equal(first.compressed_positions, second.compressed_positions)
