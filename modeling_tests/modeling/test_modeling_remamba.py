@@ -594,7 +594,46 @@ def test_meta_then_load(tmp_path):
 def test_shapes_on_the_meta_device(settings):
     """Counters of parameters and operations run models there."""
     model = tiny_model(torch.float32, selection="stride").to("meta")
-    assert model(torch.zeros(2, 20, dtype=torch.long, device="meta"), use_cache=False, **settings).logits.shape == (2, 20, 50)
+    assert model(torch.zeros(2, 20, dtype=torch.long, device="meta"), use_cache=False, **settings).logits.shape == (
+        2,
+        20,
+        50,
+    )
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk", "map"])
+def test_offloaded_weights(place, tmp_path):
+    """accelerate fills a module's weights in when the module is called, and only then."""
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model(torch.float32)
+    _, ids, mask, _ = batch_of("left")
+    steps = dict(attention_mask=mask, do_sample=False, max_new_tokens=3, return_dict_in_generate=True, output_logits=True)
+    expected = torch.stack(model.generate(ids, **steps).logits)
+    if place == "map":
+        model.save_pretrained(tmp_path / "model")
+        parts = ["embeddings", "layers.0", "layers.1", "layers.2", "norm_f", "compressor"]
+        devices = {f"backbone.{part}": ("cpu", "disk")[index % 2] for index, part in enumerate(parts)}
+        offloaded = ReMambaForCausalLM.from_pretrained(
+            tmp_path / "model", device_map={**devices, "lm_head": "cpu"}, offload_folder=str(tmp_path / "weights")
+        )
+    elif place == "disk":
+        offloaded = accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    else:
+        offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert any(parameter.is_meta for parameter in offloaded.parameters())
+    assert_close(torch.stack(offloaded.generate(ids, **steps).logits), expected, 1e-6, "logits")
+
+
+@pytest.mark.parametrize("name", ["in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"])
+def test_hooks_see_every_call(name):
+    """Projections are called as modules in every pass and every step, so that adapters and quantised layers act."""
+    model = tiny_model()
+    ids = torch.stack(random_rows([20]))
+    expected = model.generate(ids, do_sample=False, max_new_tokens=4)
+    calls = []
+    getattr(model.backbone.layers[1].mixer, name).register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=4), expected)
+    assert len(calls) == 2 + 3, "two passes, then a step for each token but the last"
 
 
 def test_copies_and_pickles():

@@ -326,3 +326,44 @@ def test_dispatch_leaves_what_the_kernel_cannot_do(kernel_calls):
     wide = inputs(1, 3, 2, 257, dtype=torch.float32)
     selective_scan(*wide)
     assert not kernel_calls
+
+
+def test_long_inputs_reach_the_cuda_kernel_in_pieces(monkeypatch):
+    """It counts elements in 32 bits. Shapes alone, without memory: 6e9 elements in all."""
+    batch, length, channels, size = 2, 200_000, 16_384, 8
+    shapes = []
+
+    def kernel(u, delta, A, B, C, D=None, z=None, return_last_state=False):
+        shapes.append(u.shape)
+        assert delta.shape == u.shape
+        assert z is None or z.shape == u.shape
+        assert B.shape == C.shape == (batch, size, u.shape[-1])
+        state = A.new_empty(batch, channels, size)
+        return (torch.empty_like(u), state) if return_last_state else torch.empty_like(u)
+
+    monkeypatch.setattr(module, "usable_kernel", lambda name, *tensors: kernel)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    x = torch.empty(batch, length, channels, device="meta")
+    B = torch.empty(batch, length, size, device="meta")
+    A = torch.empty(channels, size, device="meta")
+    with torch.no_grad():
+        y, state = selective_scan(x, x, A, B, B, A[:, 0], x)
+    assert y.shape == x.shape
+    assert state.shape == (batch, channels, size)
+    assert len(shapes) >= 3
+    assert all(shape.numel() < 2**31 for shape in shapes)
+    # Every piece but the first carries a state in, which costs it `size` tokens.
+    assert sum(shape[-1] for shape in shapes) == length + size * (len(shapes) - 1)
+
+
+@pytest.mark.parametrize("cut", [1, 20, 36])
+def test_pieces_through_the_cuda_kernel_make_the_whole(kernel_calls, cut):
+    arguments = inputs(2, 37, 5, 4, dtype=torch.float32)
+
+    def in_pieces(x, dt, A, B, C, D, z, state):
+        first, state = selective_scan(x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D, z[:, :cut], state)
+        second, state = selective_scan(x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], D, z[:, cut:], state)
+        return torch.cat([first, second], dim=1), state
+
+    expected = values_and_gradients(selective_scan_naive, [a.double() for a in arguments])
+    assert_results(values_and_gradients(in_pieces, arguments), expected, 5e-5)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test stands on: no network, a cache of its own, one torch thread, a fixed seed, markers that act."""
+
+import os
+import tempfile
+
+# Read by huggingface_hub and transformers when they are imported, hence before anything else. The cache is one folder
+# per process: remote code is copied into it, and two pytest workers must not write the same files.
+_HUB_CACHE = tempfile.TemporaryDirectory(prefix="remamba-tests-")
+os.environ.update(
+    HF_HOME=_HUB_CACHE.name,
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+# pytest-xdist runs one process per core; results then do not depend on how many cores a machine has either.
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-report", metavar="FILE", help="write every error that the GPU tests measure to this JSON file")
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    too_slow = pytest.mark.skip(reason="slow: run with --run-slow")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "slow" in item.keywords and not config.getoption("--run-slow"):
+            item.add_marker(too_slow)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same random numbers in every test, whichever tests ran before it in the process."""
+    torch.manual_seed(0)

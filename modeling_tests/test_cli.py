@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: what it prints, what it refuses, and that nothing is half-written."""
+
+import os
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+
+from remamba_hf import ReMambaConfig, ReMambaForCausalLM
+from remamba_hf.checkpoint_files import CheckpointError
+from remamba_hf.cli import main
+from remamba_hf.modeling import optional_kernels
+from remamba_hf.reading import load_for_reading, plot_kept, question_prompt, read_and_answer
+from remamba_hf.training.book_tokens import train_book_tokenizer
+
+DOCUMENT = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n" * 12
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(3)
+    tokenizer = train_book_tokenizer([DOCUMENT], 280)
+    config = ReMambaConfig(
+        vocab_size=280, hidden_size=24, num_hidden_layers=2, state_size=4, compression_span=0.5, compression_ratio=0.1
+    )
+    model = ReMambaForCausalLM(config)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "broken")
+
+
+def generate(checkpoint, *options, prompt=DOCUMENT):
+    return main(["generate", "--model", str(checkpoint), "--prompt", prompt, "--max-new-tokens", "8", *options])
+
+
+def test_generate_prints_the_answer_alone_on_stdout(checkpoint, capsys):
+    model, tokenizer = load_for_reading(str(checkpoint))
+    ids = tokenizer(question_prompt(DOCUMENT, "Who?"), return_tensors="pt")["input_ids"]
+    new = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    expected = tokenizer.decode(new, skip_special_tokens=True)
+    capsys.readouterr()
+    for stream in ("--stream", "--no-stream"):
+        assert generate(checkpoint, "--question", "Who?", stream) == 0
+        out, err = capsys.readouterr()
+        assert out.strip() == expected.strip()
+        for word in ("prompt ", "kept ", "prefill ", "decode ", "state ", "cpu, float32"):
+            assert word in err
+    assert f"{ids.shape[1]:,} tokens" in err
+
+
+def test_generate_settings_reach_the_model(checkpoint, capsys):
+    assert (
+        generate(checkpoint, "--compression-span", "0.25", "--compression-ratio", "0.5", "--compression-start", "0.1") == 0
+    )
+    kept = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("kept"))
+    assert generate(checkpoint, "--no-compression") == 0
+    assert "not compressed" in capsys.readouterr().err
+    assert generate(checkpoint, "--compare-plain", "--temperature", "1.5", "--seed", "5") == 0
+    err = capsys.readouterr().err
+    assert err.count("prefill ") == 2
+    assert "not compressed" in err
+    model, tokenizer = load_for_reading(str(checkpoint))
+    reading = read_and_answer(
+        model, tokenizer, DOCUMENT, compression_start=0.1, compression_span=0.25, compression_ratio=0.5, max_new_tokens=2
+    )
+    assert f"{len(reading.positions):,} of the {reading.window.length:,} in the window" in kept
+
+
+def test_prompt_file_and_stdin(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "book.txt").write_text(DOCUMENT)
+    answers = []
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(read=lambda: DOCUMENT))
+    for source in (str(tmp_path / "book.txt"), "-"):
+        arguments = ["generate", "--model", str(checkpoint), "--prompt-file", source, "--max-new-tokens", "8"]
+        assert main(arguments) == 0
+        answers.append(capsys.readouterr().out)
+    assert generate(checkpoint) == 0
+    assert answers == [capsys.readouterr().out] * 2
+
+
+def test_reading_tells_what_was_kept(checkpoint, tmp_path):
+    pytest.importorskip("matplotlib")
+    model, tokenizer = load_for_reading(str(checkpoint))
+    calls = []
+    reading = read_and_answer(
+        model,
+        tokenizer,
+        DOCUMENT,
+        "Who?",
+        max_new_tokens=5,
+        prefill_chunk_length=64,
+        prefill_progress=lambda *counts: calls.append(counts),
+    )
+    ids = tokenizer(question_prompt(DOCUMENT, "Who?"), return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = model(ids, compress_prompt=True)
+    assert reading.positions == expected.compressed_positions[0].tolist()
+    assert reading.scores == pytest.approx(expected.compression_scores[0].tolist(), abs=1e-5)
+    assert reading.prompt_tokens == ids.shape[1]
+    assert reading.new_tokens == 5
+    assert reading.decode_rate > 0
+    assert all(reading.window.start <= position < reading.window.stop for position in reading.positions)
+    assert sum(passage.text.count("[") for passage in reading.passages) == len(reading.passages)
+    assert {p for passage in reading.passages for p in range(passage.start, passage.stop)} >= set(reading.positions)
+    config = model.config
+    floats = config.num_hidden_layers * config.intermediate_size * (config.state_size + config.conv_kernel)
+    assert reading.state_bytes == 4 * floats
+    assert calls[-1][0] == calls[-1][1]
+    assert not model._forward_hooks
+    plot_kept(reading, tmp_path / "kept.png")
+    plot_kept(reading, tmp_path / "kept.svg")
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.png", "kept.svg"]
+    plain = read_and_answer(model, tokenizer, DOCUMENT, compress_prompt=False, max_new_tokens=1)
+    assert plain.decode_rate is None
+    with pytest.raises(ValueError, match="Nothing was compressed"):
+        plot_kept(plain, tmp_path / "plain.png")
+
+
+def test_question_prompt_is_that_of_the_recall_task():
+    from remamba_hf.training.recall_data import QUESTIONS
+
+    head, tail = QUESTIONS[0]
+    assert question_prompt("Text.\n", f"{head.removeprefix('Question: ')} Ann{tail.removesuffix(chr(10) + 'Answer:')}") == (
+        f"Text.\n\n{head} Ann{tail}"
+    )
+
+
+def cut(folder):
+    os.truncate(folder / "model.safetensors", 3000)
+
+
+def remove(*names):
+    return lambda folder: [os.remove(folder / name) for name in names]
+
+
+def replace_by(model_class, config):
+    def replace(folder):
+        shutil.rmtree(folder)
+        model_class(config).save_pretrained(folder)
+
+    return replace
+
+
+LLAMA = LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+
+
+def drop_a_tensor(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["backbone.compressor.key.0.bias"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("breaking", "message"),
+    [
+        (cut, "damaged or cut off"),
+        (drop_a_tensor, "lacks 1 of the model's tensors"),
+        (remove("model.safetensors"), "no weights"),
+        (remove("config.json"), "no config.json"),
+        (remove("tokenizer.json"), "no tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer of"),
+        (replace_by(LlamaForCausalLM, LLAMA), "model_type is 'llama'"),
+        (
+            replace_by(MambaForCausalLM, MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1)),
+            "Convert it first: remamba convert",
+        ),
+        (shutil.rmtree, "no folder"),
+    ],
+)
+def test_broken_checkpoints(broken, capsys, breaking, message):
+    breaking(broken)
+    assert generate(broken) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--compression-span", "1.5"], "compression_span"),
+        (["--compression-start", "0.8"], "start + compression_span"),
+        (["--device", "cuda:7"], "no CUDA device"),
+        (["--device", "abacus"], "no device 'abacus'"),
+        (["--revision", "main"], "local folder"),
+        (["--plot", "missing/kept.png"], "no folder"),
+        (["--plot", "kept.doc"], "should end in one of"),
+        (["--plot", "kept.png", "--no-compression"], "--plot shows what was kept"),
+    ],
+)
+def test_bad_options(checkpoint, capsys, options, message):
+    if torch.cuda.is_available() and "cuda:7" in options:
+        pytest.skip("there is a CUDA device")
+    if "--no-compression" in options:
+        pytest.importorskip("matplotlib")
+    assert generate(checkpoint, *options) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xff\xfe\x00", "not a text file"), (b" \n", "empty"), (None, "Cannot read")]
+)
+def test_bad_prompt_files(checkpoint, tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "book.txt").write_bytes(content)
+    assert main(["generate", "--model", str(checkpoint), "--prompt-file", str(tmp_path / "book.txt")]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--max-new-tokens", "0"], ["--temperature", "-1"], ["--temperature", "nan"], ["--what"]]
+)
+def test_usage_errors(checkpoint, capsys, options):
+    with pytest.raises(SystemExit) as stop:
+        generate(checkpoint, *options)
+    assert stop.value.code == 2
+
+
+def test_debug_shows_the_traceback(broken):
+    cut(broken)
+    with pytest.raises(CheckpointError):
+        main(["--debug", "generate", "--model", str(broken), "--prompt", "a"])
+
+
+def test_convert(tmp_path, capsys):
+    source = MambaForCausalLM(MambaConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, state_size=4))
+    source.save_pretrained(tmp_path / "mamba")
+    arguments = ["convert", str(tmp_path / "mamba"), str(tmp_path / "out")]
+    assert main([*arguments, "--init-compressor", "--dtype", "bfloat16", "--compression-span", "0.3"]) == 0
+    out = capsys.readouterr().out
+    for words in ("bfloat16", "verified: plain logits", "loaded again", "UNTRAINED", "no tokenizer"):
+        assert words in out
+    model = ReMambaForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert model.config.compression_span == 0.3
+    assert main(arguments) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+    assert main(["convert", str(tmp_path / "out"), str(tmp_path / "twice")]) == 1
+    assert "already" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mamba", "out"]
+
+
+def test_doctor_without_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(optional_kernels, "load_kernel", lambda name: (None, "OSError: undefined symbol\n  xyz"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for name, kernel in optional_kernels.KERNELS.items():
+        line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
+        assert "not usable" in line
+        assert "undefined symbol xyz" in line
+        assert kernel.package in line
+    assert "torch operators do the same work" in out
+    assert "pip install" in out
+    assert "Test GPU" in out
+
+
+def test_doctor_with_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(optional_kernels, "load_kernel", lambda name: (print, ""))
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "not usable" not in out
+    assert f"torch           {torch.__version__}" in out
+    state = "active" if torch.cuda.is_available() else "idle without a CUDA device"
+    assert out.count(state) == len(optional_kernels.KERNELS)

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT acts on every projection, and transformers' Trainer trains, evaluates and predicts without special care."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from modeling_tests.modeling.tiny_models import assert_close, random_rows, tiny_model
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+IDS = torch.stack(random_rows([40, 40]))
+LABELS = torch.where(torch.arange(40) < 32, -100, IDS)
+BATCH = dict(input_ids=IDS, labels=LABELS)
+PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj", "embeddings", "lm_head")
+COMPRESSOR = r".*compressor\.(query|key|value)\.(0|2)"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_model(torch.float32)
+
+
+def with_lora(base, target, rank=2):
+    """LoRA on `target`, away from its start, where it is a no-op."""
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def greedy_logits(model):
+    output = model.generate(
+        input_ids=IDS, do_sample=False, max_new_tokens=4, output_logits=True, return_dict_in_generate=True
+    )
+    return output.sequences, torch.stack(output.logits, dim=1)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("target", [*([name] for name in PROJECTIONS), COMPRESSOR, "all-linear"], ids=str)
+def test_lora_acts_and_merges(base, target):
+    """Gradients on every adapter, a changed forward and a changed generation, and the same after merging."""
+    model = with_lora(base, target)
+    output = model(**BATCH)
+    output.loss.backward()
+    adapters = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert adapters
+    for name, gradient in adapters.items():
+        assert gradient is not None, name
+        assert gradient.abs().max() > 0, name
+    assert (output.logits - base(**BATCH).logits).abs().max() > 1e-4
+    with torch.no_grad():
+        sequences, steps = greedy_logits(model)
+        full = model(input_ids=sequences[:, :-1], prompt_lengths=[40, 40]).logits[:, -4:]
+        assert_close(steps, full, 1e-5, "decoding steps")
+        merged = model.merge_and_unload()
+        assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+        assert_close(merged(**BATCH).logits, output.logits, 1e-5, "merged logits")
+        assert_close(greedy_logits(merged)[1], steps, 1e-5, "merged decoding steps")
+
+
+def test_lora_on_the_convolution(base):
+    """PEFT wants the rank to be a multiple of the groups, and cannot merge it; unmerged it must act everywhere."""
+    with pytest.warns(UserWarning, match="Merging is not supported"):
+        model = with_lora(base, ["conv1d"], rank=32)
+    output = model(**BATCH)
+    output.loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    assert (output.logits - base(**BATCH).logits).abs().max() > 1e-4
+    with torch.no_grad():
+        sequences, steps = greedy_logits(model)
+        full = model(input_ids=sequences[:, :-1], prompt_lengths=[40, 40]).logits[:, -4:]
+        assert_close(steps, full, 1e-5, "decoding steps")
+        whole = model(input_ids=IDS, compress_prompt=True, use_cache=True)
+        pieces = model(input_ids=IDS, compress_prompt=True, use_cache=True, prefill_chunk_length=3)
+    assert_close(pieces.logits, whole.logits, 1e-5, "logits in chunks")
+
+
+def test_lora_on_a_convolution_without_bias_states_and_pads():
+    """The wrapped convolution beside the plain one, with its adapter at zero: the same, ragged rows included."""
+    base = tiny_model(torch.float32, use_conv_bias=False)
+    config = peft.LoraConfig(r=32, target_modules=["conv1d"], task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match="Merging is not supported"):
+        model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    mask = torch.ones_like(IDS)
+    mask[0, :11] = 0
+    with torch.no_grad():
+        for settings in (dict(compress_prompt=True), {}):
+            expected = base(IDS, attention_mask=mask, use_cache=True, **settings)
+            actual = model(input_ids=IDS, attention_mask=mask, use_cache=True, **settings)
+            assert_close(actual.logits[mask.bool()], expected.logits[mask.bool()], 1e-5, "logits")
+            new = IDS[:, :3]
+            after = model(input_ids=new, cache_params=actual.cache_params).logits
+            assert_close(after, base(new, cache_params=expected.cache_params).logits, 1e-5, "logits after the cache")
+
+
+@pytest.mark.parametrize("modules", [["adaptation"], ["adaptation", "compressor", "dt_proj"]], ids=str)
+def test_modules_to_save(base, modules, tmp_path):
+    """The paper's recipe: LoRA on the projections; Theta, compressor and dt_proj trained in full, saved and loaded."""
+    config = peft.LoraConfig(r=2, target_modules=["in_proj"], modules_to_save=modules, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**BATCH).loss.backward()
+    whole = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert {module for module in modules if any(f".{module}." in name for name in whole)} == set(modules)
+    for name, parameter in whole.items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+    optimizer.step()
+    with torch.no_grad():
+        expected = model.eval()(**BATCH).logits
+        assert (expected - base(**BATCH).logits).abs().max() > 1e-5
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        assert_close(loaded(**BATCH).logits, expected, 1e-6, "loaded")
+        assert_close(loaded.merge_and_unload()(**BATCH).logits, expected, 1e-5, "merged")
+
+
+def test_lora_under_gradient_checkpointing(base):
+    model = with_lora(base, list(PROJECTIONS)).train()
+
+    def gradients():
+        model.zero_grad()
+        model(**BATCH).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable()
+    for name, gradient in gradients().items():
+        assert_close(gradient, expected[name], 1e-5, name)
+
+
+# Trainer
+
+
+class Questions(Dataset):
+    """Rows of different lengths whose last tokens are the response; K differs from row to row."""
+
+    def __init__(self, count=8):
+        self.rows = random_rows([12 + 5 * (row % 4) for row in range(count)], seed=3)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index].tolist()
+        return dict(input_ids=row, attention_mask=[1] * len(row), labels=[-100] * (len(row) - 4) + row[-4:])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[PAD]": 0, "[BOS]": 1, **{f"w{index}": index for index in range(2, 50)}}
+    model = tokenizers.models.WordLevel(words, unk_token="w2")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), pad_token="[PAD]", bos_token="[BOS]")
+    wrapped.padding_side = "left"
+    return wrapped
+
+
+def trainer(model, tokenizer, folder, **settings):
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        **{
+            **dict(
+                per_device_train_batch_size=2,
+                per_device_eval_batch_size=3,
+                max_steps=4,
+                learning_rate=1e-2,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+                lr_scheduler_type="constant",
+                logging_steps=1,
+                seed=5,
+            ),
+            **settings,
+        },
+    )
+    return Trainer(
+        model,
+        arguments,
+        train_dataset=Questions(),
+        eval_dataset=Questions(7),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+    )
+
+
+@pytest.mark.smoke
+def test_trainer_trains_evaluates_and_predicts(tokenizer, tmp_path):
+    model = tiny_model(torch.float32, train_compression_span=(0.2, 0.6), train_compression_ratio=(0.1, 0.5))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run = trainer(model, tokenizer, tmp_path, gradient_accumulation_steps=2, max_steps=12)
+    start = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < start
+    unmoved = [name for name, p in model.named_parameters() if torch.equal(p.detach(), before[name])]
+    assert not unmoved
+    predictions = run.predict(Questions(7))
+    assert predictions.predictions.shape == (7, 27, 50), "logits alone: positions and scores have other lengths a batch"
+    assert predictions.metrics["test_loss"] == pytest.approx(run.evaluate()["eval_loss"], rel=1e-4)
+
+
+def test_trainer_with_accumulation_is_trainer_with_large_batches(tokenizer, tmp_path):
+    weights = []
+    for size, steps in ((4, 1), (1, 4), (2, 2)):
+        model = tiny_model(torch.float32)
+        settings = dict(per_device_train_batch_size=size, gradient_accumulation_steps=steps, optim="sgd", max_grad_norm=0)
+        run = trainer(model, tokenizer, tmp_path, max_steps=2, **settings)
+        run.train()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in tiny_model(torch.float32).parameters()])
+    for other in weights[1:]:
+        assert_close(other - start, weights[0] - start, 1e-3, "the step taken")
+
+
+def test_trainer_follows_its_seed(tokenizer, tmp_path):
+    """The draws of the compression come from torch's generator, which Trainer seeds."""
+    losses = []
+    for _ in range(2):
+        model = tiny_model(torch.float32, train_compression_span=(0.2, 0.6), train_compression_ratio=(0.1, 0.9))
+        run = trainer(model, tokenizer, tmp_path)
+        run.train()
+        losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) > 1
+
+
+def test_trainer_with_checkpointing_and_bfloat16(tokenizer, tmp_path):
+    model = tiny_model(torch.float32)
+    run = trainer(model, tokenizer, tmp_path, bf16=True, gradient_checkpointing=True)
+    run.train()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_trainer_saves_and_resumes(tokenizer, tmp_path):
+    """A resumed run draws what the uninterrupted one would have drawn."""
+    settings = dict(train_compression_span=(0.2, 0.6), train_compression_ratio=(0.1, 0.9))
+    arguments = dict(save_strategy="steps", save_steps=2, max_steps=4)
+    whole = tiny_model(torch.float32, **settings)
+    trainer(whole, tokenizer, tmp_path, **arguments).train()
+    resumed = tiny_model(torch.float32, **settings)
+    trainer(resumed, tokenizer, tmp_path, **arguments).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert_close(other, one, 1e-6, name)
+
+
+def test_trainer_with_a_peft_model(base, tokenizer, tmp_path):
+    config = peft.LoraConfig(
+        r=2, target_modules=["in_proj", "out_proj"], modules_to_save=["compressor"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    run = trainer(model, tokenizer, tmp_path, max_steps=8)
+    start = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < start
+    assert run.predict(Questions(7)).predictions.shape == (7, 27, 50)

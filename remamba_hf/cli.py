@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `remamba` command: doctor, convert, generate."""
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+# Errors are sentences for users: they go to stderr alone, with this exit status. --debug shows the traceback instead.
+_FAILED = 1
+_PACKAGES = ("torch", "transformers", "mamba-ssm", "causal-conv1d", "triton", "peft", "accelerate", "safetensors")
+_SETTINGS = (
+    ("start", float, "S", "where the window begins, as a share of the prompt"),
+    ("span", float, "P", "the window's length as a share of the prompt"),
+    ("ratio", float, "RHO", "share of the window that is kept"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    if not options.debug:
+        logging.set_verbosity_error()
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("\nremamba: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"remamba {options.command}: {error}", file=sys.stderr)
+        return _FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="remamba", description="Mamba that reads long documents.")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    doctor = commands.add_parser("doctor", help="which kernels are active, which are not, why, and what to install")
+    doctor.set_defaults(run=_doctor)
+    _add_convert(commands.add_parser("convert", help="make a ReMamba checkpoint from a Mamba checkpoint"))
+    _add_generate(commands.add_parser("generate", help="read a long document and answer a question about it"))
+    return parser
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Makes a ReMamba checkpoint from a Mamba-1 in transformers' or in the original state-spaces format, and if given "
+        "from an adapter that was trained on it. The result is verified by logits before OUTPUT appears."
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of the Mamba checkpoint")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write")
+    parser.add_argument("--to", choices=("remamba",), default="remamba", help="the family to convert to")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SOURCE on the Hub")
+    parser.add_argument("--adapter", metavar="ADAPTER", help="folder or Hub id of a PEFT adapter trained on SOURCE")
+    parser.add_argument("--adapter-revision", metavar="REV")
+    parser.add_argument(
+        "--merge",
+        choices=("untied", "tied"),
+        default="untied",
+        help="untied: exactly the trained model, embeddings and head apart; tied: both updates in the one tensor that "
+        "they share, as the authors merge (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--init-compressor", action="store_true", help="start Query, Key and Value from layer 0 as in the paper"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: SOURCE's")
+    parser.add_argument("--tokenizer", metavar="TOKENIZER", help="folder or Hub id to copy the tokenizer from")
+    parser.add_argument("--tokenizer-revision", metavar="REV")
+    _add_settings(parser, "; written into the configuration")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is a checkpoint")
+    parser.set_defaults(run=_convert)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Reads a document, answers, and prints on stderr what was kept of it and how long it took."
+    parser.add_argument("--model", required=True, metavar="MODEL", help="folder or Hub id of a ReMamba checkpoint")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of MODEL on the Hub")
+    document = parser.add_mutually_exclusive_group(required=True)
+    document.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file in UTF-8; - reads stdin")
+    document.add_argument("--prompt", metavar="TEXT")
+    parser.add_argument("--question", metavar="TEXT", help="asked behind the document; without it the text is continued")
+    parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=_at_least_zero, default=0.0, metavar="T", help="0 takes the likeliest token (the default)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--no-compression", action="store_true", help="read as plain Mamba does")
+    parser.add_argument("--compare-plain", action="store_true", help="also answer without compression")
+    _add_settings(parser, "; default: the checkpoint's")
+    parser.add_argument(
+        "--prefill-chunk-length",
+        type=_positive,
+        default=4096,
+        metavar="N",
+        help="tokens read at a time: bounds memory, does not change the result (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture of what was kept (png, pdf, svg)")
+    parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help="print the answer as it comes")
+    parser.set_defaults(run=_generate)
+
+
+def _add_settings(parser: argparse.ArgumentParser, note: str) -> None:
+    for name, kind, metavar, text in _SETTINGS:
+        parser.add_argument(f"--compression-{name}", type=kind, metavar=metavar, help=text + note)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _at_least_zero(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError("must be a finite number of at least 0")
+    return value
+
+
+def _given_settings(options: argparse.Namespace) -> dict[str, float]:
+    names = [f"compression_{name}" for name, *_ in _SETTINGS]
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import torch
+
+    from .modeling.optional_kernels import KERNELS, load_kernel
+
+    print(f"python          {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in _PACKAGES:
+        print(f"{package:15} {_version(package) or 'not installed'}")
+    cuda = torch.cuda.is_available()
+    print(f"CUDA            {_cuda_devices() if cuda else _no_cuda_reason()}\n")
+
+    unusable: dict[str, list[str]] = {}
+    for name, kernel in KERNELS.items():
+        function, reason = load_kernel(name)
+        if function is None:
+            unusable.setdefault(kernel.package, []).append(name)
+        state = "not usable" if function is None else "active" if cuda else "installed, idle without a CUDA device"
+        print(f"{name:24} {state:12} ({kernel.package}){f': {_one_line(reason)}' if reason else ''}")
+    print()
+    if not unusable:
+        print("All kernels can be used." if cuda else "Kernels run on CUDA tensors only: here torch operators do the work.")
+        return 0
+    print("Without these kernels torch operators do the same work, with the same results, slower on CUDA.")
+    if not cuda:
+        print("They act on CUDA tensors only, so there is nothing to install for this machine.")
+        return 0
+    for package, names in unusable.items():
+        print(f"For {', '.join(names)}: {_how_to_install(package)}")
+    return 0
+
+
+def _how_to_install(package: str) -> str:
+    if _version(package) is None:
+        return f'pip install --no-build-isolation "{package}", or pip install "remamba_hf[kernels]" for all of them'
+    return (
+        f"{package} {_version(package)} is installed, but its extension does not load with this torch. Build it for this "
+        f"one: pip install --no-build-isolation --no-binary :all: --no-deps --force-reinstall {package}"
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cuda_devices() -> str:
+    import torch
+
+    names = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
+    return f"{torch.version.cuda}: {', '.join(names)}"
+
+
+def _no_cuda_reason() -> str:
+    import torch
+
+    built = torch.version.cuda
+    return f"no device found (torch is built for CUDA {built})" if built else "no: torch is built without it"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .conversion import convert_checkpoint
+
+    report = convert_checkpoint(
+        options.source,
+        options.output,
+        revision=options.revision,
+        adapter=options.adapter,
+        adapter_revision=options.adapter_revision,
+        merge=options.merge,
+        initialize_compressor=options.init_compressor,
+        dtype=options.dtype,
+        tokenizer=options.tokenizer,
+        tokenizer_revision=options.tokenizer_revision,
+        settings=_given_settings(options),
+        overwrite=options.overwrite,
+    )
+    tied = "tied" if report.tied else "not tied"
+    print(f"{report.output}: {report.kind}, {report.parameters:,} parameters, {report.dtype}, {tied}")
+    for what, error in report.checks.items():
+        print(f"verified: {what}: largest difference {error:.1e} of the largest logit")
+    for note in report.notes:
+        print(f"note: {note}")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import torch
+
+    from .reading import check_picture, load_for_reading, plot_kept
+
+    document = _document(options)
+    if options.plot is not None:
+        check_picture(options.plot)
+        if options.no_compression:
+            raise ValueError("--plot shows what was kept: leave out --no-compression.")
+    if not options.debug:
+        logging.disable_progress_bar()  # of loading weights
+    model, tokenizer = load_for_reading(options.model, options.revision, options.device, options.dtype)
+    torch.manual_seed(options.seed)
+    reading = _read(options, model, tokenizer, document, compress=not options.no_compression)
+    print(reading.report(), file=sys.stderr)
+    if options.plot is not None:
+        plot_kept(reading, options.plot)
+        print(f"plot     {options.plot}", file=sys.stderr)
+    if options.compare_plain:
+        print("\nwithout compression:", file=sys.stderr)
+        plain = _read(options, model, tokenizer, document, compress=False)
+        print(plain.report(), file=sys.stderr)
+    return 0
+
+
+def _read(options: argparse.Namespace, model: Any, tokenizer: Any, document: str, compress: bool) -> Any:
+    """One reading with its progress bar; the answer goes to stdout, as it comes or at the end."""
+    from transformers import TextStreamer
+
+    from .reading import prefill_bar, read_and_answer
+
+    sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
+    if options.temperature > 0:
+        sampling["temperature"] = options.temperature
+    with prefill_bar() as progress:
+        reading = read_and_answer(
+            model,
+            tokenizer,
+            document,
+            options.question,
+            max_new_tokens=options.max_new_tokens,
+            prefill_progress=progress,
+            prefill_chunk_length=options.prefill_chunk_length,
+            compress_prompt=None if compress else False,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if options.stream else None,
+            **(_given_settings(options) if compress else {}),
+            **sampling,
+        )
+    if not options.stream:
+        print(reading.answer)
+    return reading
+
+
+def _document(options: argparse.Namespace) -> str:
+    if options.prompt is not None:
+        return options.prompt
+    if str(options.prompt_file) == "-":
+        return sys.stdin.read()
+    try:
+        return options.prompt_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{options.prompt_file} is not a text file in UTF-8. Convert it to UTF-8 first.") from None
+    except OSError as error:
+        raise ValueError(f"Cannot read {options.prompt_file}: {error.strerror}. Check the path.") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

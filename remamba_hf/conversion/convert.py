@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conversion from finding the source to renaming the folder into place."""
+
+import gc
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from ..checkpoint_files import CheckpointError, copy_tokenizer, locate
+from ..modeling.configuration_remamba import ReMambaConfig
+from ..modeling.modeling_remamba import ReMambaForCausalLM
+from .lora_adapter import Adapter, check_adapter, insert_full_weights, merge_updates, read_adapter, unmerged
+from .mamba_checkpoints import PlainMamba, read_plain_mamba
+from .output_folder import output_folder, require_space
+from .verification import (
+    Reference,
+    assign_weights,
+    parameter_shapes,
+    plain_logits,
+    reference,
+    require_equal,
+    transformers_reference,
+    two_stage_logits,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHARD_SIZE = "5GB"
+_COMPRESSOR_SEED = 0
+
+
+@dataclass
+class ConversionReport:
+    """What was written, and how it was verified.
+
+    output: the folder.
+    kind: what the source was, in words.
+    parameters: how many, shared ones once.
+    dtype: of the weights (decay rates, step bias and Theta are float32 always).
+    tied: whether embeddings and head share one tensor.
+    checks: what was compared, and the largest difference of two logits relative to the largest logit.
+    notes: what the user should know or do.
+    """
+
+    output: Path
+    kind: str
+    parameters: int
+    dtype: str
+    tied: bool
+    checks: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def convert_checkpoint(
+    source: str,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
+    merge: str = "untied",
+    initialize_compressor: bool = False,
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+    tokenizer_revision: str | None = None,
+    settings: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """Writes a ReMamba checkpoint made from a plain Mamba-1 and, if given, an adapter trained on it.
+
+    The result is verified in float32: before it is written against transformers' Mamba (with an adapter against the
+    computation that is not merged), after it is written by loading it. Only then does the folder get its name.
+
+    Args:
+        source: local folder or Hub id of a Mamba-1, in transformers' or in the original format.
+        output: the folder to write; it must not exist.
+        revision, adapter_revision, tokenizer_revision: branch, tag or commit of a Hub repository.
+        adapter: local folder or Hub id of a PEFT adapter of ReMamba.
+        merge: `"untied"` equals the trained model; `"tied"` adds what embeddings and head gained to one shared tensor,
+            as the authors' merge does.
+        initialize_compressor: start Query, Key and Value from layer 0, as the paper does (for training).
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; default: the source's.
+        tokenizer: local folder or Hub id to take the tokenizer from; default: the source.
+        settings: `compression_*` and other fields of `ReMambaConfig` to set.
+        overwrite: replace `output` if it is a checkpoint.
+
+    Raises:
+        CheckpointError: nothing has been written then.
+        ValueError: settings out of range.
+    """
+    output = Path(output)
+    _check_arguments(adapter, adapter_revision, merge, initialize_compressor, dtype, tokenizer, tokenizer_revision, settings)
+    folders = [Path(path) for path in (source, adapter, tokenizer) if path is not None and Path(path).is_dir()]
+    with output_folder(output, overwrite, tuple(folders)) as partial:
+        source_folder = locate(source, revision)
+        adapter_folder = None if adapter is None else locate(adapter, adapter_revision)
+        tokenizer_folder = source_folder if tokenizer is None else locate(tokenizer, tokenizer_revision)
+        update = None if adapter_folder is None else read_adapter(adapter_folder)
+        if initialize_compressor and update is not None and update.has_compressor:
+            raise CheckpointError("The adapter brings a trained compressor: leave out --init-compressor.")
+        base = read_plain_mamba(source_folder)
+        written_dtype = base.dtype if dtype is None else DTYPES[dtype]
+        report = ConversionReport(output, base.kind, 0, str(written_dtype).removeprefix("torch."), tied=False)
+
+        model = _verified_model(base, update, merge == "tied", settings or {}, report)
+        _start_compressor(model, update, initialize_compressor, report)
+        _set_dtype(model, written_dtype)
+        report.parameters = sum(parameter.numel() for parameter in model.parameters())
+        report.tied = model.config.tie_word_embeddings
+        require_space(partial, sum(parameter.nbytes for parameter in model.parameters()))
+        if (source_folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source_folder)
+        model.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
+        if not copy_tokenizer(tokenizer_folder, partial):
+            report.notes.append(_no_tokenizer_note(tokenizer_folder, base.kind))
+        expected = Reference(two_stage_logits(model.float()), noise=0.0)
+        del model
+        gc.collect()
+        report.checks["the folder, loaded again"] = _check_written(partial, expected)
+    return report
+
+
+def _check_arguments(
+    adapter: str | None,
+    adapter_revision: str | None,
+    merge: str,
+    initialize_compressor: bool,
+    dtype: str | None,
+    tokenizer: str | None,
+    tokenizer_revision: str | None,
+    settings: dict[str, Any] | None,
+) -> None:
+    """Everything that can be refused before anything is downloaded or read."""
+    if merge not in ("untied", "tied"):
+        raise CheckpointError(f"merge must be 'untied' or 'tied', got {merge!r}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}.")
+    if adapter is None and (adapter_revision is not None or merge == "tied"):
+        raise CheckpointError("An adapter's revision or merge needs an adapter. Name it, or leave these out.")
+    if tokenizer is None and tokenizer_revision is not None:
+        raise CheckpointError("A tokenizer's revision needs a tokenizer. Name it, or leave the revision out.")
+    ReMambaConfig(num_hidden_layers=1, **(settings or {}))
+
+
+def _verified_model(
+    base: PlainMamba, adapter: Adapter | None, tied_merge: bool, settings: dict[str, Any], report: ConversionReport
+) -> ReMambaForCausalLM:
+    """The converted model in float32, its logits checked."""
+    tensors = {name: tensor.float() for name, tensor in base.tensors.items()}
+    base.tensors.clear()
+    config_settings = {**base.settings, **settings}
+    model = _assemble(tensors, config_settings)
+    expected = transformers_reference(base.settings, tensors)
+    report.checks["plain logits against transformers' Mamba"] = require_equal(
+        plain_logits(model), expected, "the logits of transformers' Mamba and of the converted model"
+    )
+    if adapter is None:
+        return model
+    report.kind += " with an adapter"
+    check_adapter(adapter, parameter_shapes(model))
+    del model
+    return _merged_model(tensors, adapter, tied_merge, config_settings, report)
+
+
+def _merged_model(
+    tensors: dict[str, torch.Tensor],
+    adapter: Adapter,
+    tied_merge: bool,
+    settings: dict[str, Any],
+    report: ConversionReport,
+) -> ReMambaForCausalLM:
+    insert_full_weights(tensors, adapter)
+    trained = _assemble(tensors, settings)
+    with unmerged(trained, adapter, tied_merge):
+        expected = {"plain": reference(trained, plain_logits), "two-stage": reference(trained, two_stage_logits)}
+    del trained
+    merge_updates(tensors, adapter, tied_merge)
+    model = _assemble(tensors, settings)
+    for what, compute in (("plain", plain_logits), ("two-stage", two_stage_logits)):
+        if what == "two-stage" and not expected[what].is_decisive:
+            report.notes.append(
+                f"The two-stage logits were not compared: rounding alone moves them by {expected[what].noise:.0e} of the "
+                "largest logit, as in models that are not trained."
+            )
+            continue
+        report.checks[f"{what} logits against the adapter unmerged"] = require_equal(
+            compute(model), expected[what], f"the {what} logits of the merged and of the unmerged model"
+        )
+    return model
+
+
+def _assemble(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> ReMambaForCausalLM:
+    """A ReMamba around the tensors; what they lack of it starts as in a new model, the same at every call."""
+    tied = "lm_head.weight" not in tensors
+    model = assign_weights(ReMambaForCausalLM, ReMambaConfig(**{**settings, "tie_word_embeddings": tied}), tensors)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_COMPRESSOR_SEED)
+        for module in model.modules():
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                module.to_empty(device="cpu", recurse=False)
+                model._init_weights(module)
+    return model
+
+
+def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds the parameters, but for those that the model keeps in float32."""
+    kept = ReMambaForCausalLM._keep_in_fp32_modules_strict
+    for name, parameter in model.named_parameters():
+        if not any(f".{part}." in f".{name}." for part in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _check_written(folder: Path, expected: Reference) -> float:
+    model, info = ReMambaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    wrong = {name: keys for name, keys in info.items() if keys}
+    if wrong:
+        raise CheckpointError(f"Verification failed, nothing was written: the written folder loads with {wrong}.")
+    return require_equal(two_stage_logits(model.eval()), expected, "the logits before and after writing")
+
+
+def _start_compressor(
+    model: ReMambaForCausalLM, adapter: Adapter | None, initialize: bool, report: ConversionReport
+) -> None:
+    if adapter is not None and adapter.has_compressor:
+        return
+    if initialize:
+        model.initialize_compressor()
+    start = "has the paper's start from layer 0" if initialize else "is random (--init-compressor: the paper's start)"
+    report.notes.append(
+        f"The compressor {start} and is UNTRAINED: train the model before you compress prompts with it. Until then use "
+        "compress_prompt=False, which reads as plain Mamba does."
+    )
+
+
+def _no_tokenizer_note(folder: Path, kind: str) -> str:
+    hint = "EleutherAI/gpt-neox-20b" if "original" in kind else "FOLDER_OR_ID"
+    return (
+        f"{folder.name} has no tokenizer, so none was written. Add it with --tokenizer {hint}, or save it into the "
+        "folder with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+    )

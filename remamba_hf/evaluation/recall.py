@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact-match recall of a planted number, by prompt length, depth and window, with tables and plots.
+
+    python -m remamba_hf.evaluation.recall --model MODEL --plain-model PLAIN --books BOOKS --output recall.json
+
+Prompts are those of `remamba_hf.training.recall_data` in the books of a folder, which should not be books that the model
+was trained on. A cell of the results is one way of reading (see `VARIANTS`) at one length; the output file is written
+after every cell, and a run that was cut off goes on from it.
+"""
+
+import argparse
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+import remamba_hf
+from remamba_hf import ReMambaForCausalLM
+from remamba_hf.training.book_tokens import encode_books, list_books, write_json
+from remamba_hf.training.recall_data import RecallSample, RecallSampler
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+VARIANTS = {
+    "compressed": "ReMamba, compression on",
+    "uncompressed": "ReMamba, compression off",
+    "plain": "plain Mamba, same data",
+}
+
+
+@dataclass(frozen=True)
+class RecallSettings:
+    """What fixes an evaluation.
+
+    Attributes:
+        lengths: prompt lengths in tokens.
+        samples: prompts per cell; their depths are spread evenly.
+        distractors: facts about other people in every prompt.
+        digits: length of the numbers.
+        seed: of the prompts.
+        span: compression span p; `None` takes the model's own.
+        ratio: compression ratio rho; `None` takes the model's own.
+        perplexity_tokens: tokens at the end of a text that perplexity is taken over; 0 leaves it out.
+    """
+
+    lengths: tuple[int, ...] = LENGTHS
+    samples: int = 100
+    distractors: int = 0
+    digits: int = 5
+    seed: int = 1_000_000
+    span: float | None = None
+    ratio: float | None = None
+    perplexity_tokens: int = 512
+
+
+def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share (95 % with the default z); (0, 1) for no samples."""
+    if total == 0:
+        return 0.0, 1.0
+    share, weight = right / total, z * z / total
+    middle = (share + weight / 2) / (1 + weight)
+    half = z * math.sqrt(share * (1 - share) / total + weight / total / 4) / (1 + weight)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+@torch.no_grad()
+def answer(
+    model: ReMambaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[RecallSample],
+    compress: bool,
+    span: float | None = None,
+    ratio: float | None = None,
+) -> list[str]:
+    """Answers prompts of one length by greedy generation; returns the texts without white space around them."""
+    ids = torch.from_numpy(np.stack([sample.prompt_ids for sample in samples])).to(model.device)
+    settings: dict[str, Any] = {"compression_span": span, "compression_ratio": ratio} if compress else {}
+    generated = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=len(samples[0].answer_ids),
+        do_sample=False,
+        compress_prompt=compress,
+        **settings,
+    )
+    return [text.strip() for text in tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)]
+
+
+@torch.no_grad()
+def kept_digits(
+    model: ReMambaForCausalLM, samples: Sequence[RecallSample], span: float | None = None, ratio: float | None = None
+) -> list[float]:
+    """Share of each asked fact's digits that the compression keeps."""
+    ids = torch.from_numpy(np.stack([sample.prompt_ids for sample in samples])).to(model.device)
+    output = model(
+        ids,
+        prompt_lengths=torch.full((len(ids),), ids.shape[1]),
+        compression_span=span,
+        compression_ratio=ratio,
+        logits_to_keep=1,
+        use_cache=False,
+    )
+    kept = output.compressed_positions.cpu()
+    return [
+        ((row >= sample.digits[0]) & (row < sample.digits[1])).sum().item() / (sample.digits[1] - sample.digits[0])
+        for row, sample in zip(kept, samples, strict=True)
+    ]
+
+
+def recall_cell(
+    model: ReMambaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    sampler: RecallSampler,
+    length: int,
+    compress: bool,
+    settings: RecallSettings,
+    batch_tokens: int,
+) -> list[dict[str, Any]]:
+    """Asks for `settings.samples` facts in prompts of `length` tokens.
+
+    Returns:
+        One record per prompt: `depth` (0 to 1), `inside` (the fact lies in the compression window), `right`, `answer`,
+        `number` and, compressed, `kept` (share of the number's digits that was kept).
+    """
+    span = model.config.compression_span if settings.span is None else settings.span
+    start = int(model.config.compression_start * length)
+    end = start + math.ceil(length * span)
+    rows = max(batch_tokens // length, 1)
+    records: list[dict[str, Any]] = []
+    for first in range(0, settings.samples, rows):
+        numbers = range(first, min(first + rows, settings.samples))
+        samples = [
+            sampler.sample((length, number), length, settings.distractors, depth=(number + 0.5) / settings.samples)
+            for number in numbers
+        ]
+        answers = answer(model, tokenizer, samples, compress, settings.span, settings.ratio)
+        kept = kept_digits(model, samples, settings.span, settings.ratio) if compress else [None] * len(samples)
+        for sample, text, share in zip(samples, answers, kept, strict=True):
+            record = {
+                "depth": round(sample.depth, 4),
+                "inside": start <= sample.digits[0] and sample.digits[1] <= end,
+                "right": text == sample.number,
+                "number": sample.number,
+                "answer": text,
+            }
+            records.append(record if share is None else {**record, "kept": share})
+    return records
+
+
+@torch.no_grad()
+def text_perplexity(
+    model: ReMambaForCausalLM, tokens: np.ndarray, length: int, counted: int, samples: int, seed: int
+) -> float:
+    """Perplexity of the last `counted` tokens of texts of `length` tokens, without compression."""
+    generator = np.random.default_rng([seed, length])
+    total = 0.0
+    for _ in range(samples):
+        start = int(generator.integers(0, len(tokens) - length + 1))
+        ids = torch.from_numpy(np.asarray(tokens[start : start + length], dtype=np.int64))[None].to(model.device)
+        logits = model(ids, compress_prompt=False, logits_to_keep=counted + 1, use_cache=False).logits
+        total += F.cross_entropy(logits[0, :-1].float(), ids[0, -counted:]).item()
+    return math.exp(total / samples)
+
+
+def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts, accuracy, its 95 % interval, and the mean share of digits kept (of facts in the window)."""
+    right = sum(record["right"] for record in records)
+    kept = [record["kept"] for record in records if record["inside"] and "kept" in record]
+    return {
+        "samples": len(records),
+        "right": right,
+        "accuracy": right / len(records) if records else None,
+        "interval": wilson_interval(right, len(records)),
+        "digits_kept": sum(kept) / len(kept) if kept else None,
+    }
+
+
+def evaluate(
+    models: dict[str, tuple[Callable[[], ReMambaForCausalLM], bool]],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: np.ndarray,
+    settings: RecallSettings,
+    output: Path,
+    batch_tokens: int,
+    description: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fills all cells, those already in `output` excepted.
+
+    Args:
+        models: by variant, how to get the model and whether its prompts are compressed.
+        tokenizer: of all models.
+        tokens: ids of the books, `uint16[tokens]`.
+        settings: what to ask.
+        output: JSON file, rewritten after every cell.
+        batch_tokens: prompt tokens read at once.
+        description: goes into the file as it is, and must be the same when a run goes on.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        ValueError: `output` holds the results of other settings.
+    """
+    header = {"settings": {**asdict(settings), "lengths": list(settings.lengths)}, "description": description or {}}
+    results: dict[str, Any] = {**header, "environment": _environment(), "cells": [], "perplexity": []}
+    if output.exists():
+        results = json.loads(output.read_text())
+        if any(results[name] != json.loads(json.dumps(value)) for name, value in header.items()):
+            raise ValueError(f"{output} holds results of other settings: name another output, or remove it")
+    sampler = RecallSampler(tokens, tokenizer, settings.seed, settings.digits)
+    done = {(cell["variant"], cell["length"]) for cell in results["cells"]}
+    with tqdm(total=len(models) * len(settings.lengths), desc="cells") as progress:
+        for variant, (load, compress) in models.items():
+            for length in settings.lengths:
+                if (variant, length) not in done:
+                    records = recall_cell(load(), tokenizer, sampler, length, compress, settings, batch_tokens)
+                    cell = {"variant": variant, "length": length, **summarize(records), "records": records}
+                    results["cells"].append(cell)
+                    write_json(output, results)
+                progress.update()
+    _fill_perplexity(models, tokens, settings, results, output)
+    return results
+
+
+def _fill_perplexity(
+    models: dict[str, tuple[Callable[[], ReMambaForCausalLM], bool]],
+    tokens: np.ndarray,
+    settings: RecallSettings,
+    results: dict[str, Any],
+    output: Path,
+) -> None:
+    done = {(entry["variant"], entry["length"]) for entry in results["perplexity"]}
+    for variant, (load, compress) in models.items():
+        for length in settings.lengths if settings.perplexity_tokens and not compress else ():
+            if (variant, length) in done:
+                continue
+            count, samples = min(settings.perplexity_tokens, length - 1), min(settings.samples, 16)
+            value = text_perplexity(load(), tokens, length, count, samples, settings.seed)
+            results["perplexity"].append(
+                {"variant": variant, "length": length, "tokens": count, "samples": samples, "perplexity": value}
+            )
+            write_json(output, results)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "remamba_hf": remamba_hf.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """Exact match in percent by length, with 95 % intervals, and the perplexities, as Markdown tables."""
+    lengths = results["settings"]["lengths"]
+    head = "| {} | " + " | ".join(_short(length) for length in lengths) + " |\n|---|" + "---|" * len(lengths) + "\n"
+    text = head.format("exact match, %") + _rows(results, lengths)
+    for name, inside in (("in the window", True), ("behind the window", False)):
+        rows = _rows(results, lengths, inside, ("compressed",))
+        text += rows.replace(VARIANTS["compressed"], f"{VARIANTS['compressed']}, fact {name}")
+    kept = {cell["length"]: cell["digits_kept"] for cell in results["cells"] if cell["variant"] == "compressed"}
+    if kept:
+        text += "| digits kept, % | " + " | ".join(_percent(kept.get(length)) for length in lengths) + " |\n"
+    by_variant: dict[str, dict[int, float]] = {}
+    for entry in results["perplexity"]:
+        by_variant.setdefault(entry["variant"], {})[entry["length"]] = entry["perplexity"]
+    if by_variant:
+        text += "\n" + head.format("perplexity")
+    for variant, values in by_variant.items():
+        shown = (f"{values[length]:.1f}" if length in values else "" for length in lengths)
+        text += f"| {VARIANTS.get(variant, variant)} | " + " | ".join(shown) + " |\n"
+    return text
+
+
+def depth_table(results: dict[str, Any], variant: str = "compressed") -> str:
+    """Exact match in percent by tenth of the text and length, as a Markdown table."""
+    lengths = results["settings"]["lengths"]
+    text = "| depth | " + " | ".join(_short(length) for length in lengths) + " |\n|---|" + "---|" * len(lengths) + "\n"
+    for tenth, row in enumerate(_accuracy_by_depth(results, variant)):
+        shown = (_percent(None if math.isnan(value) else value) for value in row)
+        text += f"| {tenth * 10}-{tenth * 10 + 10} % | " + " | ".join(shown) + " |\n"
+    return text
+
+
+def _rows(
+    results: dict[str, Any],
+    lengths: Sequence[int],
+    inside: bool | None = None,
+    variants: Sequence[str] | None = None,
+) -> str:
+    """A table's rows; `inside` counts only facts in the window (or only those behind it)."""
+    cells = {(cell["variant"], cell["length"]): cell["records"] for cell in results["cells"]}
+    text = ""
+    for variant in variants or dict.fromkeys(name for name, _ in cells):
+        shown = []
+        for length in lengths:
+            records = cells.get((variant, length), ())
+            summary = summarize([record for record in records if inside is None or record["inside"] == inside])
+            low, high = summary["interval"]
+            empty = not summary["samples"]
+            shown.append("" if empty else f"{_percent(summary['accuracy'])} ({_percent(low)}-{_percent(high)})")
+        text += f"| {VARIANTS.get(variant, variant)} | " + " | ".join(shown) + " |\n"
+    return text
+
+
+def _short(length: int) -> str:
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f}"
+
+
+def _accuracy_by_depth(results: dict[str, Any], variant: str, parts: int = 10) -> np.ndarray:
+    """Accuracy `[parts, lengths]`; nan where there is no sample."""
+    lengths = results["settings"]["lengths"]
+    right, count = np.zeros((parts, len(lengths))), np.zeros((parts, len(lengths)))
+    for cell in results["cells"]:
+        if cell["variant"] == variant:
+            for record in cell["records"]:
+                place = min(int(record["depth"] * parts), parts - 1), lengths.index(cell["length"])
+                count[place] += 1
+                right[place] += record["right"]
+    return np.where(count > 0, right / np.maximum(count, 1), np.nan)
+
+
+def plot_lengths(results: dict[str, Any], path: str | Path) -> None:
+    """Draws exact match by length, a line with its 95 % interval for every variant."""
+    figure, axes = _axes()
+    for variant in dict.fromkeys(cell["variant"] for cell in results["cells"]):
+        cells = sorted((cell for cell in results["cells"] if cell["variant"] == variant), key=lambda cell: cell["length"])
+        lengths = [cell["length"] for cell in cells]
+        axes.plot(lengths, [cell["accuracy"] for cell in cells], marker="o", label=VARIANTS.get(variant, variant))
+        low, high = zip(*(cell["interval"] for cell in cells), strict=True)
+        axes.fill_between(lengths, low, high, alpha=0.15)
+    axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="prompt, tokens", ylabel="exact match")
+    axes.set_xticks(results["settings"]["lengths"], [_short(length) for length in results["settings"]["lengths"]])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save_figure(figure, path)
+
+
+def plot_depths(results: dict[str, Any], path: str | Path, variant: str = "compressed") -> None:
+    """Draws exact match by depth and length as a map of colours."""
+    figure, axes = _axes()
+    image = axes.imshow(_accuracy_by_depth(results, variant), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(results["settings"]["lengths"])), [_short(n) for n in results["settings"]["lengths"]])
+    axes.set_yticks(range(10), [f"{10 * tenth}-{10 * tenth + 10} %" for tenth in range(10)])
+    axes.set(xlabel="prompt, tokens", ylabel="depth of the fact", title=VARIANTS.get(variant, variant))
+    figure.colorbar(image, label="exact match")
+    _save_figure(figure, path)
+
+
+def _axes() -> tuple[Any, Any]:
+    # Imported here: only plots need matplotlib (`pip install remamba_hf[eval]`).
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _save_figure(figure: Any, path: str | Path) -> None:
+    path = Path(path)
+    temporary = path.with_name(f"unfinished-{path.name}")
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
+
+
+def _loader(folder: str, device: str, cache: dict[str, ReMambaForCausalLM]) -> Callable[[], ReMambaForCausalLM]:
+    """Loads a model when it is first asked for, in bf16 on a GPU and fp32 elsewhere."""
+
+    def load() -> ReMambaForCausalLM:
+        if folder not in cache:
+            dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+            cache[folder] = ReMambaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        return cache[folder]
+
+    return load
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a ReMamba")
+    parser.add_argument("--plain-model", help="folder or Hub id of a plain Mamba of the same tokenizer, to compare with")
+    parser.add_argument("--books", required=True, help="folder of .txt books that the models were not trained on")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
+    parser.add_argument("--plots", type=Path, help="folder for the two plots")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="prompt lengths, tokens")
+    parser.add_argument("--samples", type=int, default=100, help="prompts per length and variant")
+    parser.add_argument("--distractors", type=int, default=0, help="facts about other people in every prompt")
+    parser.add_argument("--digits", type=int, default=5, help="length of the numbers")
+    parser.add_argument("--seed", type=int, default=RecallSettings.seed)
+    parser.add_argument("--span", type=float, help="compression span p (default: the model's)")
+    parser.add_argument("--ratio", type=float, help="compression ratio rho (default: the model's)")
+    parser.add_argument("--only-compressed", action="store_true", help="leave out reading without compression")
+    parser.add_argument("--perplexity-tokens", type=int, default=512, help="0 leaves perplexity out")
+    parser.add_argument("--batch-tokens", type=int, default=262_144, help="prompt tokens read at once")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    config = AutoConfig.from_pretrained(options.model)
+    settings = RecallSettings(
+        lengths=tuple(options.lengths),
+        samples=options.samples,
+        distractors=options.distractors,
+        digits=options.digits,
+        seed=options.seed,
+        span=config.compression_span if options.span is None else options.span,
+        ratio=config.compression_ratio if options.ratio is None else options.ratio,
+        perplexity_tokens=options.perplexity_tokens,
+    )
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    paths = list_books(options.books)
+    tokens = encode_books(paths, tokenizer, seed=None)
+    cache: dict[str, ReMambaForCausalLM] = {}
+    models = {"compressed": (_loader(options.model, options.device, cache), True)}
+    if not options.only_compressed:
+        models["uncompressed"] = (_loader(options.model, options.device, cache), False)
+    if options.plain_model:
+        models["plain"] = (_loader(options.plain_model, options.device, cache), False)
+    description = {"books": [path.name for path in paths], "tokens": len(tokens)}
+    results = evaluate(models, tokenizer, tokens, settings, options.output, options.batch_tokens, description)
+    print(markdown_table(results))
+    print(depth_table(results))
+    if options.plots:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        plot_lengths(results, options.plots / "recall_by_length.png")
+        plot_depths(results, options.plots / "recall_by_depth.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading one long document and answering a question about it, with what it cost and what was kept of it.
+
+`remamba generate` and the book example are made of this.
+"""
+
+import contextlib
+import importlib.util
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from .checkpoint_files import CheckpointError, check_safetensors, first_line, has_tokenizer, locate, read_json
+from .modeling.modeling_remamba import ReMambaForCausalLM
+from .modeling.selective_compression import Window
+
+_CONTEXT_TOKENS = 12  # shown around a kept passage
+_PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
+_PASSAGE_GAP = 3  # kept positions this close are one passage
+
+
+@dataclass
+class Passage:
+    """Kept positions that stand together. start, stop: token positions; score: the best of them; text: in [brackets],
+    with what stands around it."""
+
+    start: int
+    stop: int
+    score: float
+    text: str
+
+
+@dataclass
+class Reading:
+    """One document read and answered.
+
+    answer: the generated text.
+    prompt_tokens: tokens of document and question.
+    window: the compressed window in tokens; its length is 0 where nothing was compressed.
+    positions, scores: the kept positions in the prompt, ascending, and their cosine scores.
+    passages: the kept positions as text, best score first.
+    new_tokens: tokens generated.
+    prefill_seconds, decode_seconds: until the first token was known, and from there to the end.
+    state_bytes: size of the recurrent state that decoding works with, whatever the document's length.
+    device, dtype: where and in what the model computed.
+    """
+
+    answer: str
+    prompt_tokens: int
+    window: Window
+    positions: list[int]
+    scores: list[float]
+    passages: list[Passage] = field(repr=False)
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    state_bytes: int
+    device: str
+    dtype: str
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second, both passes counted as one."""
+        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens per second after the first; None if there was only one."""
+        return (self.new_tokens - 1) / max(self.decode_seconds, 1e-9) if self.new_tokens > 1 else None
+
+    def report(self) -> str:
+        """A few lines for a person."""
+        kept, window = len(self.positions), self.window
+        if window.length:
+            read = self.prompt_tokens - window.dropped
+            compression = f"{kept:,} of the {window.length:,} in the window at {window.start:,}; {read:,} read again"
+        else:
+            compression = "not compressed"
+        decode = "one token" if self.decode_rate is None else f"{self.decode_rate:,.1f} tokens/s"
+        return "\n".join(
+            (
+                f"prompt   {self.prompt_tokens:,} tokens",
+                f"kept     {compression}",
+                f"prefill  {self.prefill_rate:,.0f} tokens/s ({self.prefill_seconds:.1f} s)",
+                f"decode   {decode} ({self.new_tokens} new)",
+                f"state    {self.state_bytes / 1e6:.2f} MB",
+                f"device   {self.device}, {self.dtype}",
+            )
+        )
+
+
+def question_prompt(document: str, question: str) -> str:
+    """The prompt that the recall checkpoints are trained on: the document, a blank line, the question, `Answer:`."""
+    return f"{document.rstrip()}\n\nQuestion: {question.strip()}\nAnswer:"
+
+
+def load_for_reading(
+    checkpoint: str, revision: str | None = None, device: str | None = None, dtype: str = "auto"
+) -> tuple[ReMambaForCausalLM, PreTrainedTokenizerBase]:
+    """A checkpoint's model, ready for inference, and its tokenizer.
+
+    Args:
+        checkpoint: local folder or Hub id.
+        revision: branch, tag or commit of a Hub repository.
+        device: default: CUDA where there is a device, else the CPU.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: the checkpoint's, but float32 on the CPU, where
+            half precision is slow.
+
+    Raises:
+        CheckpointError: no such checkpoint, another kind of model, missing or damaged weights, no tokenizer, no such
+            device.
+    """
+    device = _checked_device(device)
+    folder = locate(checkpoint, revision)
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type != ReMambaForCausalLM.config_class.model_type:
+        fix = f"Convert it first: remamba convert {checkpoint} OUTPUT." if model_type in (None, "mamba") else ""
+        raise CheckpointError(f"{checkpoint} is not a ReMamba checkpoint: its model_type is {model_type!r}. {fix}".rstrip())
+    check_safetensors(folder)
+    if not has_tokenizer(folder):
+        raise CheckpointError(
+            f"{checkpoint} has no tokenizer (tokenizer.json). Save the one that it was trained with into its folder: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+    asked = "float32" if dtype == "auto" and device == "cpu" else dtype
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        raise CheckpointError(
+            f"The tokenizer of {checkpoint} cannot be loaded: {first_line(error)}. Get its files again."
+        ) from error
+    try:
+        model, info = ReMambaForCausalLM.from_pretrained(folder, dtype=asked, output_loading_info=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint} cannot be loaded: {first_line(error)}. Get its files again.") from error
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{checkpoint} lacks {len(info['missing_keys'])} of the model's tensors, e.g. {min(info['missing_keys'])}. "
+            "Get its files again."
+        )
+    return model.to(device).eval(), tokenizer
+
+
+def read_and_answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    document: str,
+    question: str | None = None,
+    *,
+    max_new_tokens: int = 64,
+    prefill_progress: Callable[[int, int], Any] | None = None,
+    **generate_options: Any,
+) -> Reading:
+    """Reads a document, generates, and tells what was kept and what it cost.
+
+    Args:
+        model: a two-stage model (`ReMambaForCausalLM`).
+        tokenizer: its tokenizer.
+        document: any text.
+        question: put behind the document as in `question_prompt`; None: the document is continued.
+        max_new_tokens: the answer ends here at the latest.
+        prefill_progress: called with the tokens read and to read.
+        **generate_options: of `generate`: compression settings, `prefill_chunk_length`, sampling, `streamer` and so on.
+
+    Raises:
+        ValueError: an empty document, or options that `generate` refuses.
+    """
+    prompt = document if question is None else question_prompt(document, question)
+    if not document.strip():
+        raise ValueError("The document is empty. Give at least a word.")
+    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
+    prefill = _PrefillWatch()
+    handle = model.register_forward_hook(prefill)
+    try:
+        started = time.perf_counter()
+        output = model.generate(ids, max_new_tokens=max_new_tokens, prefill_progress=prefill_progress, **generate_options)
+        ended = time.perf_counter()
+    finally:
+        handle.remove()
+    sequence = output if isinstance(output, torch.Tensor) else output.sequences
+    new_ids = sequence[0, ids.shape[1] :]
+    prompt_ids = ids[0].tolist()
+    return Reading(
+        answer=tokenizer.decode(new_ids, skip_special_tokens=True).strip(),
+        prompt_tokens=len(prompt_ids),
+        window=_window(model, len(prompt_ids), prefill.positions, generate_options),
+        positions=prefill.positions,
+        scores=prefill.scores,
+        passages=_passages(prompt_ids, prefill.positions, prefill.scores, tokenizer),
+        new_tokens=len(new_ids),
+        prefill_seconds=prefill.ended - started,
+        decode_seconds=ended - prefill.ended,
+        state_bytes=prefill.state_bytes,
+        device=_device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+@contextlib.contextmanager
+def prefill_bar(description: str = "reading") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, as a callback for `prefill_progress`."""
+    with tqdm(desc=description, unit=" tokens", unit_scale=True, file=sys.stderr, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            if done >= total:
+                bar.close()  # before the answer is streamed
+
+        yield show
+
+
+def check_picture(path: Path) -> None:
+    """Raises a ValueError, before any work, unless `plot_kept` can write this file."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"There is no folder {path.absolute().parent} to save the picture in. Make it first.")
+    if path.suffix not in _PICTURE_SUFFIXES:
+        raise ValueError(f"{path.name} should end in one of {', '.join(_PICTURE_SUFFIXES)}: the picture's format.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('The picture needs matplotlib: pip install "remamba_hf[eval]".')
+
+
+def plot_kept(reading: Reading, path: str | Path, passages: int = 8) -> None:
+    """A picture of what was kept of a prompt: the scores along it, and the best passages as text.
+
+    Args:
+        reading: of a compressed prompt.
+        path: the file to write; its suffix is the format (png, pdf, svg).
+        passages: how many are shown as text.
+
+    Raises:
+        ValueError: nothing was compressed, or what `check_picture` refuses.
+        OSError: the file cannot be written.
+    """
+    if not reading.positions:
+        raise ValueError("Nothing was compressed in this reading, so there is nothing to draw.")
+    path = Path(path)
+    check_picture(path)
+    from matplotlib.figure import Figure
+
+    shown = reading.passages[:passages]
+    figure = Figure(figsize=(10, 3.2 + 0.22 * len(shown)), layout="constrained")
+    scores, texts = figure.subplots(2, 1, height_ratios=[3, 0.22 * len(shown) + 0.1])
+    window = reading.window
+    scores.axvspan(window.start, window.stop, color="0.93", label=f"window: {window.length:,} tokens")
+    scores.vlines(reading.positions, min(0.0, *reading.scores), reading.scores, color="tab:blue", linewidth=0.8)
+    scores.plot(reading.positions, reading.scores, ".", color="tab:blue", label=f"kept: {len(reading.positions):,}")
+    scores.set(xlim=(0, reading.prompt_tokens), xlabel="position in the prompt (tokens)", ylabel="score (cosine)")
+    scores.legend(loc="upper left", ncols=2, frameon=False, bbox_to_anchor=(0, 1.18))
+    texts.axis("off")
+    texts.set_title("position, score, [kept]", loc="left", fontsize=9)
+    for line, passage in enumerate(shown):
+        text = textwrap.shorten(passage.text, 125, placeholder=" ...")
+        line_text = f"{passage.start:>9,}  {passage.score:5.2f}  {text}"
+        texts.text(0, 1 - (line + 0.5) / len(shown), line_text, family="monospace", fontsize=7, parse_math=False)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=150)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _PrefillWatch:
+    """A forward hook: what the first forward of a `generate` call kept, its state, and when it ended.
+
+    `generate` itself does not hand out the kept positions; watching it keeps every one of its options as it is.
+    """
+
+    def __init__(self) -> None:
+        self.ended = 0.0
+        self.state_bytes = 0
+        self.positions: list[int] = []
+        self.scores: list[float] = []
+
+    def __call__(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if self.ended:
+            return
+        if output.logits.is_cuda:
+            torch.cuda.synchronize(output.logits.device)
+        self.ended = time.perf_counter()
+        self.state_bytes = _state_bytes(output.cache_params)
+        if output.compressed_positions is not None:
+            positions = output.compressed_positions[0].tolist()
+            kept = [(p, s) for p, s in zip(positions, output.compression_scores[0].tolist(), strict=True) if p >= 0]
+            self.positions, self.scores = [p for p, _ in kept], [s for _, s in kept]
+
+
+def _window(model: Any, length: int, positions: list[int], options: dict[str, Any]) -> Window:
+    if not positions:
+        return Window(0, 0, 0)
+    settings = (options.get(f"compression_{name}") for name in ("start", "span", "ratio"))
+    return model.backbone.plan_windows([length], [length], *settings)[0]
+
+
+def _passages(
+    prompt_ids: list[int], positions: list[int], scores: list[float], tokenizer: PreTrainedTokenizerBase
+) -> list[Passage]:
+    """Kept positions that are close together, with some context, best score first."""
+    passages: list[Passage] = []
+    for position, score in zip(positions, scores, strict=True):
+        if passages and position - passages[-1].stop < _PASSAGE_GAP:
+            passages[-1].stop = position + 1
+            passages[-1].score = max(passages[-1].score, score)
+        else:
+            passages.append(Passage(position, position + 1, score, ""))
+    for passage in passages:
+        before, kept, after = (
+            tokenizer.decode(prompt_ids[begin:end])
+            for begin, end in (
+                (max(passage.start - _CONTEXT_TOKENS, 0), passage.start),
+                (passage.start, passage.stop),
+                (passage.stop, passage.stop + _CONTEXT_TOKENS),
+            )
+        )
+        passage.text = f"{before}[{kept}]{after}"
+    return sorted(passages, key=lambda passage: -passage.score)
+
+
+def _state_bytes(cache: Cache | None) -> int:
+    if cache is None:
+        return 0
+    states = [s for layer in cache.layers for s in (*layer.conv_states.values(), *layer.recurrent_states.values())]
+    return sum(state.nbytes for state in states)
+
+
+def _checked_device(device: str | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise CheckpointError(f"There is no device {device!r}: {first_line(error)}. Use cpu or cuda.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError("This PyTorch sees no CUDA device. Use --device cpu; `remamba doctor` tells what is there.")
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every training of a two-stage model needs: a collator, parameter groups, and a Trainer that watches the answers."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+# Weight decay would pull these towards a value that means something else than "small": A_log = 0 is a time constant,
+# D = 0 cuts the skip, and a bias of the step size sets how fast the state forgets.
+NO_DECAY = re.compile(r"bias|A_log|(?:^|\.)D$|norm(?:_f)?\.")
+
+
+def decayed_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that weight decay may act on: all but biases (Theta is one), norms, `A_log` and `D`."""
+    return [name for name, _ in model.named_parameters() if not NO_DECAY.search(name)]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for an optimizer of torch: with `weight_decay` and without; frozen parameters are left out."""
+    decayed = set(decayed_parameters(model))
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for name, parameter in trainable if name in decayed], "weight_decay": weight_decay},
+        {"params": [parameter for name, parameter in trainable if name not in decayed], "weight_decay": 0.0},
+    ]
+
+
+@dataclass
+class PromptResponseCollator:
+    """Makes a right-padded batch of prompts, each followed by its response.
+
+    Args:
+        padding: id of the padding token.
+        multiple: rows are padded to a multiple of this many tokens; odd lengths slow the CUDA kernels down.
+    """
+
+    padding: int
+    multiple: int = 8
+
+    def __call__(self, samples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        """Collates samples of `prompt_ids` and `response_ids`.
+
+        Returns:
+            `input_ids` and `attention_mask` `int64[B, L]`, `labels` `int64[B, L]` (-100 outside the response) and
+            `prompt_lengths` `int64[B]`.
+
+        Raises:
+            ValueError: a prompt or a response is empty.
+        """
+        for number, sample in enumerate(samples):
+            if not len(sample["prompt_ids"]) or not len(sample["response_ids"]):
+                raise ValueError(f"sample {number} of the batch has an empty prompt or response: leave it out of the data")
+        prompts = [len(sample["prompt_ids"]) for sample in samples]
+        totals = [prompt + len(sample["response_ids"]) for prompt, sample in zip(prompts, samples, strict=True)]
+        length = -(-max(totals) // self.multiple) * self.multiple
+        ids = torch.full((len(samples), length), self.padding)
+        labels = torch.full((len(samples), length), -100)
+        mask = torch.zeros(len(samples), length, dtype=torch.int64)
+        for row, (sample, prompt, total) in enumerate(zip(samples, prompts, totals, strict=True)):
+            ids[row, :prompt] = torch.as_tensor(sample["prompt_ids"])
+            ids[row, prompt:total] = labels[row, prompt:total] = torch.as_tensor(sample["response_ids"])
+            mask[row, :total] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels, "prompt_lengths": torch.tensor(prompts)}
+
+
+def answer_matches(logits: Tensor, labels: Tensor) -> Tensor:
+    """Says of every row whether each labelled token is the most probable one under teacher forcing.
+
+    Args:
+        logits: `[B, L, V]`, aligned with the input.
+        labels: `int64[B, L]`, -100 where a token does not count.
+
+    Returns:
+        `bool[B]`.
+    """
+    targets = labels[:, 1:]
+    return ((logits[:, :-1].argmax(-1) == targets) | (targets == -100)).all(-1)
+
+
+class TwoStageTrainer(Trainer):
+    """`Trainer` with the right parameter groups and with means of what happened in the logs.
+
+    Logs, besides Trainer's own, the share of rows whose whole answer was most probable: `answer_match`. Means are summed
+    on the device and read once per log, so that no step waits for the device.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sums: dict[str, Tensor] = {}
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decayed_parameters(model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss; counts whole answers on the way."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training and "labels" in inputs:
+            self.record("answer_match", answer_matches(outputs.logits.detach(), inputs["labels"]))
+        return (loss, outputs) if return_outputs else loss
+
+    def record(self, name: str, values: Tensor, counted: Tensor | None = None) -> None:
+        """Adds `values` to the mean `name` of the running logging interval; `counted` (bool, same shape) picks some."""
+        values = values.detach().float()
+        weights = torch.ones_like(values) if counted is None else counted.float()
+        pair = torch.stack([(values * weights).sum(), weights.sum()])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs, and with a training loss the recorded means, which then start anew."""
+        if "loss" in logs and self._sums:
+            sums = torch.stack(list(self._sums.values())).tolist()
+            means = {name: total / count for name, (total, count) in zip(self._sums, sums, strict=True) if count}
+            logs = {**logs, **means}
+            self._sums.clear()
+        super().log(logs, start_time)
