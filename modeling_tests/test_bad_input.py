@@ -45,6 +45,7 @@ SETTINGS = [
 CONFIGURATIONS = [
     *SETTINGS,
     (dict(selection="best"), "selection.*score.*random.*stride.*multiplicative"),
+    (dict(compression_max_kept=0), "compression_max_kept.*at least 1"),
     (dict(compression_min_prompt=-1), "compression_min_prompt.*at least 0"),
     (dict(compression_min_prompt=1.5), "compression_min_prompt.*integer"),
     (dict(train_compression_tail=-1), "train_compression_tail.*at least 0"),

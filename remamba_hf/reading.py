@@ -178,24 +178,21 @@ def read_and_answer(
     if not document.strip():
         raise ValueError("The document is empty. Give at least a word.")
     ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
-    prefill = _PrefillWatch()
-    handle = model.register_forward_hook(prefill)
-    try:
+    with watch_prefill(model) as prefill:
         started = time.perf_counter()
         output = model.generate(ids, max_new_tokens=max_new_tokens, prefill_progress=prefill_progress, **generate_options)
         ended = time.perf_counter()
-    finally:
-        handle.remove()
+    positions, scores = prefill.kept(0)
     sequence = output if isinstance(output, torch.Tensor) else output.sequences
     new_ids = sequence[0, ids.shape[1] :]
     prompt_ids = ids[0].tolist()
     return Reading(
         answer=tokenizer.decode(new_ids, skip_special_tokens=True).strip(),
         prompt_tokens=len(prompt_ids),
-        window=_window(model, len(prompt_ids), prefill.positions, generate_options),
-        positions=prefill.positions,
-        scores=prefill.scores,
-        passages=_passages(prompt_ids, prefill.positions, prefill.scores, tokenizer),
+        window=_window(model, len(prompt_ids), positions, generate_options),
+        positions=positions,
+        scores=scores,
+        passages=_passages(prompt_ids, positions, scores, tokenizer),
         new_tokens=len(new_ids),
         prefill_seconds=prefill.ended - started,
         decode_seconds=ended - prefill.ended,
@@ -270,17 +267,17 @@ def plot_kept(reading: Reading, path: str | Path, passages: int = 8) -> None:
         partial.unlink(missing_ok=True)
 
 
-class _PrefillWatch:
-    """A forward hook: what the first forward of a `generate` call kept, its state, and when it ended.
+class PrefillWatch:
+    """What the first forward of a `generate` call kept, its state, and when it ended (`time.perf_counter`).
 
-    `generate` itself does not hand out the kept positions; watching it keeps every one of its options as it is.
+    positions, scores: [B, K] on the CPU as in the model's output, or None where nothing was compressed.
     """
 
     def __init__(self) -> None:
         self.ended = 0.0
         self.state_bytes = 0
-        self.positions: list[int] = []
-        self.scores: list[float] = []
+        self.positions: torch.Tensor | None = None
+        self.scores: torch.Tensor | None = None
 
     def __call__(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         if self.ended:
@@ -290,9 +287,25 @@ class _PrefillWatch:
         self.ended = time.perf_counter()
         self.state_bytes = _state_bytes(output.cache_params)
         if output.compressed_positions is not None:
-            positions = output.compressed_positions[0].tolist()
-            kept = [(p, s) for p, s in zip(positions, output.compression_scores[0].tolist(), strict=True) if p >= 0]
-            self.positions, self.scores = [p for p, _ in kept], [s for _, s in kept]
+            self.positions, self.scores = output.compressed_positions.cpu(), output.compression_scores.cpu()
+
+    def kept(self, row: int) -> tuple[list[int], list[float]]:
+        """Positions and scores of one row."""
+        if self.positions is None or self.scores is None:
+            return [], []
+        present = self.positions[row] >= 0
+        return self.positions[row][present].tolist(), self.scores[row][present].tolist()
+
+
+@contextlib.contextmanager
+def watch_prefill(model: PreTrainedModel) -> Iterator[PrefillWatch]:
+    """Watches one `generate` call. It does not hand out what was kept, and this leaves every option of it as it is."""
+    watch = PrefillWatch()
+    handle = model.register_forward_hook(watch)
+    try:
+        yield watch
+    finally:
+        handle.remove()
 
 
 def _window(model: Any, length: int, positions: list[int], options: dict[str, Any]) -> Window:

@@ -106,7 +106,8 @@ def test_answers_are_compared_with_the_number(books, model_folder, tmp_path, mon
     right_above = 3
 
     def fake_answers(model, tokenizer, samples, compress, span, ratio):
-        return [sample.number if sample.depth > 0.5 else sample.number[:right_above] for sample in samples]
+        texts = [sample.number if sample.depth > 0.5 else sample.number[:right_above] for sample in samples]
+        return texts, [None] * len(samples)
 
     monkeypatch.setattr(recall, "answer", fake_answers)
     model = ReMambaForCausalLM.from_pretrained(model_folder)
@@ -128,7 +129,8 @@ def test_greedy_answers_are_those_of_the_model(model_folder):
     samples = [sampler.sample(index, 300) for index in range(2)]
     model = ReMambaForCausalLM.from_pretrained(model_folder).eval()
     for compress in (True, False):
-        texts = recall.answer(model, tokenizer, samples, compress)
+        texts, kept = recall.answer(model, tokenizer, samples, compress)
+        assert (kept == [None, None]) != compress
         for sample, text in zip(samples, texts, strict=True):
             ids = torch.from_numpy(sample.prompt_ids)[None]
             for _ in range(len(sample.answer_ids)):
@@ -137,7 +139,7 @@ def test_greedy_answers_are_those_of_the_model(model_folder):
                 if ids[0, -1] == tokenizer.eos_token_id:
                     break
             assert text == tokenizer.decode(ids[0, 300:], skip_special_tokens=True).strip()
-    everything = recall.kept_digits(model, samples, span=0.99, ratio=1.0)
+    _, everything = recall.answer(model, tokenizer, samples, True, span=0.99, ratio=1.0)
     assert everything == [1.0, 1.0]
 
 

@@ -60,6 +60,8 @@ def test_the_index_rule_over_many_prompts():
 
 def test_short_prompts_are_left_alone():
     setting = Setting(0.0, 0.5, 0.5)
+    assert window_of(1000, setting, max_kept=7) == window_of(1000, setting)._replace(kept=7)
+    assert window_of(10, setting, max_kept=100) == window_of(10, setting)
     assert window_of(99, setting, min_prompt=100).length == 0
     assert window_of(100, setting, min_prompt=100).length == 50
 

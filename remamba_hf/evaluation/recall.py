@@ -26,9 +26,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 import remamba_hf
 from remamba_hf import ReMambaForCausalLM
+from remamba_hf.reading import PrefillWatch, watch_prefill
 from remamba_hf.training.book_tokens import encode_books, list_books, write_json
 from remamba_hf.training.recall_data import RecallSample, RecallSampler
 
+CPU_CHUNK_LENGTH = 4096
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 VARIANTS = {
     "compressed": "ReMamba, compression on",
@@ -80,40 +82,33 @@ def answer(
     compress: bool,
     span: float | None = None,
     ratio: float | None = None,
-) -> list[str]:
-    """Answers prompts of one length by greedy generation; returns the texts without white space around them."""
+) -> tuple[list[str], list[float | None]]:
+    """Answers prompts of one length by greedy generation.
+
+    Returns:
+        The texts, without white space around them, and the share of each asked number's digits that the compression
+        kept (None without compression).
+    """
     ids = torch.from_numpy(np.stack([sample.prompt_ids for sample in samples])).to(model.device)
     settings: dict[str, Any] = {"compression_span": span, "compression_ratio": ratio} if compress else {}
-    generated = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=len(samples[0].answer_ids),
-        do_sample=False,
-        compress_prompt=compress,
-        **settings,
-    )
-    return [text.strip() for text in tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)]
+    with watch_prefill(model) as prefill:
+        generated = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=len(samples[0].answer_ids),
+            do_sample=False,
+            compress_prompt=compress,
+            prefill_chunk_length=CPU_CHUNK_LENGTH if model.device.type == "cpu" else None,
+            **settings,
+        )
+    texts = [text.strip() for text in tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)]
+    return texts, [kept_digits(prefill, row, sample) if compress else None for row, sample in enumerate(samples)]
 
 
-@torch.no_grad()
-def kept_digits(
-    model: ReMambaForCausalLM, samples: Sequence[RecallSample], span: float | None = None, ratio: float | None = None
-) -> list[float]:
-    """Share of each asked fact's digits that the compression keeps."""
-    ids = torch.from_numpy(np.stack([sample.prompt_ids for sample in samples])).to(model.device)
-    output = model(
-        ids,
-        prompt_lengths=torch.full((len(ids),), ids.shape[1]),
-        compression_span=span,
-        compression_ratio=ratio,
-        logits_to_keep=1,
-        use_cache=False,
-    )
-    kept = output.compressed_positions.cpu()
-    return [
-        ((row >= sample.digits[0]) & (row < sample.digits[1])).sum().item() / (sample.digits[1] - sample.digits[0])
-        for row, sample in zip(kept, samples, strict=True)
-    ]
+def kept_digits(prefill: PrefillWatch, row: int, sample: RecallSample) -> float:
+    """Share of the asked number's digits among the kept positions."""
+    first, end = sample.digits
+    return sum(first <= position < end for position in prefill.kept(row)[0]) / (end - first)
 
 
 def recall_cell(
@@ -142,8 +137,7 @@ def recall_cell(
             sampler.sample((length, number), length, settings.distractors, depth=(number + 0.5) / settings.samples)
             for number in numbers
         ]
-        answers = answer(model, tokenizer, samples, compress, settings.span, settings.ratio)
-        kept = kept_digits(model, samples, settings.span, settings.ratio) if compress else [None] * len(samples)
+        answers, kept = answer(model, tokenizer, samples, compress, settings.span, settings.ratio)
         for sample, text, share in zip(samples, answers, kept, strict=True):
             record = {
                 "depth": round(sample.depth, 4),
@@ -422,8 +416,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         distractors=options.distractors,
         digits=options.digits,
         seed=options.seed,
-        span=config.compression_span if options.span is None else options.span,
-        ratio=config.compression_ratio if options.ratio is None else options.ratio,
+        span=options.span,
+        ratio=options.ratio,
         perplexity_tokens=options.perplexity_tokens,
     )
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -436,7 +430,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         models["uncompressed"] = (_loader(options.model, options.device, cache), False)
     if options.plain_model:
         models["plain"] = (_loader(options.plain_model, options.device, cache), False)
-    description = {"books": [path.name for path in paths], "tokens": len(tokens)}
+    names = ("compression_start", "compression_span", "compression_ratio", "compression_max_kept")
+    description = {
+        "books": [path.name for path in paths],
+        "tokens": len(tokens),
+        "model_settings": {name: getattr(config, name) for name in names},
+    }
     results = evaluate(models, tokenizer, tokens, settings, options.output, options.batch_tokens, description)
     print(markdown_table(results))
     print(depth_table(results))

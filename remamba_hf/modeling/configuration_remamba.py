@@ -19,6 +19,10 @@ class ReMambaConfig(MambaConfig):
             p: length of the window as a share of the prompt; `compression_start + compression_span <= 1`.
         compression_ratio (`float`, *optional*, defaults to 0.009):
             rho: share of the window's positions that are kept as vectors.
+        compression_max_kept (`int`, *optional*):
+            At most this many vectors are kept, however long the prompt: with a wide window, a share of it that suits a short
+            prompt keeps thousands of vectors of a long one, which then crowd each other out of the state. A
+            ratio given for one call is not bounded. `None`, the paper's rule: no bound.
         compression_min_prompt (`int`, *optional*, defaults to 0):
             Prompts of fewer tokens are read as they are.
         selection (`str`, *optional*, defaults to `"score"`):
@@ -49,6 +53,7 @@ class ReMambaConfig(MambaConfig):
     compression_start: float = 0.0
     compression_span: float = 0.18
     compression_ratio: float = 0.009
+    compression_max_kept: int | None = None
     compression_min_prompt: int = 0
     selection: str = "score"
     scale_score_gradient: bool = True

@@ -78,6 +78,9 @@ def check_settings(config: Any) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"{name} must be an integer of at least 0, got {value!r}.")
+    cap = config.compression_max_kept
+    if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 1):
+        raise ValueError(f"compression_max_kept must be None or an integer of at least 1, got {cap!r}.")
     lows, highs = [], []
     for field, fixed in zip(Setting._fields, (config.compression_start, config.compression_span, 1.0), strict=True):
         bounds = getattr(config, f"train_compression_{field}")
@@ -95,7 +98,9 @@ def check_settings(config: Any) -> None:
             raise ValueError(f"train_compression_*: the drawn settings can leave their range. {error}") from None
 
 
-def window_of(prompt_length: int, setting: Setting, min_prompt: int = 0, tail: int | None = None) -> Window:
+def window_of(
+    prompt_length: int, setting: Setting, min_prompt: int = 0, tail: int | None = None, max_kept: int | None = None
+) -> Window:
     """The window of one prompt of `prompt_length` tokens (pads excluded).
 
     S0 = int(s P), M = max(ceil(P p), 1), K = ceil(M rho), in these float expressions: published checkpoints depend on
@@ -106,13 +111,15 @@ def window_of(prompt_length: int, setting: Setting, min_prompt: int = 0, tail: i
         setting: s, p, rho.
         min_prompt: shorter prompts have no window.
         tail: in training, tokens that must follow the window (None: the query alone).
+        max_kept: upper bound of K, whatever the prompt's length.
     """
     start = int(setting.start * prompt_length)
     length = max(math.ceil(prompt_length * setting.span), 1)
     length = min(length, prompt_length - max(1, tail or 0) - start)
     if prompt_length < min_prompt or length <= 0:
         return Window(0, 0, 0)
-    return Window(start, length, min(math.ceil(length * setting.ratio), length))
+    kept = min(math.ceil(length * setting.ratio), length)
+    return Window(start, length, kept if max_kept is None else min(kept, max_kept))
 
 
 def settings_for_rows(config: Any, batch: int, start: Any = None, span: Any = None, ratio: Any = None) -> list[Setting]:
@@ -156,7 +163,7 @@ def training_window(config: Any, prompt_length: int, drawn: Setting) -> Window:
         spans = config.train_compression_span
         drawn = drawn._replace(span=spans[0] if spans is not None else drawn.span)
         tail = 0
-    return window_of(prompt_length, drawn, config.compression_min_prompt, tail)
+    return window_of(prompt_length, drawn, config.compression_min_prompt, tail, config.compression_max_kept)
 
 
 @dataclass

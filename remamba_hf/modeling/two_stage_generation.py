@@ -356,7 +356,8 @@ class TwoStageBackbone:
             drawn: Setting = draw_training_setting(self.config)
             return [training_window(self.config, length, drawn) for length in prompt_lengths]
         shortest = self.config.compression_min_prompt
-        return [window_of(length, s, shortest) for length, s in zip(prompt_lengths, settings, strict=True)]
+        most = self.config.compression_max_kept if ratio is None else None  # a ratio asked for is a ratio given
+        return [window_of(length, s, shortest, max_kept=most) for length, s in zip(prompt_lengths, settings, strict=True)]
 
 
 def chunk_length_for(length: int, chunk_length: int | None) -> int | None:
