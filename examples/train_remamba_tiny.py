@@ -64,6 +64,7 @@ class Recipe:
     # Inference settings written into the configuration.
     span: float = 0.95
     ratio: float = 0.03
+    max_kept: int = 512
 
 
 FULL = Recipe(
@@ -136,6 +137,11 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
         tie_word_embeddings=True,
         compression_span=recipe.span,
         compression_ratio=recipe.ratio,
+        compression_max_kept=recipe.max_kept,
+        # What the last level draws, for whoever trains the model further.
+        train_compression_span=recipe.levels[-1].span,
+        train_compression_ratio=recipe.levels[-1].ratio,
+        train_compression_tail=0,
     )
     model = ReMambaForCausalLM(config)
     with torch.no_grad():
@@ -224,6 +230,7 @@ def build(
 def save(trainer: RecallTrainer, curriculum: Curriculum, recipe: Recipe, arguments: argparse.Namespace) -> None:
     """Writes the model in bf16, with its tokenizer and the record of its training."""
     target = arguments.output / "model"
+    trainer.model.config.use_cache = True  # Trainer turns it off
     with tempfile.TemporaryDirectory(dir=arguments.output) as exact:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(exact)
         # Loading in bf16 leaves in fp32 what has to stay there (A_log, D, the biases of the step size).

@@ -207,8 +207,15 @@ def test_a_truncated_checkpoint(tmp_path, kept):
     weights = tmp_path / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: int(len(data) * kept)])
-    with pytest.raises(Exception, match=r"(?i)header|truncated|incomplete"):
+    with pytest.raises(OSError, match=r"damaged or cut off.*Get the files again"):
         ReMambaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "taken").write_text("something else")
+    with pytest.raises(FileExistsError, match="taken is a file"):
+        tiny_model(torch.float32).save_pretrained(tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "something else"
 
 
 @pytest.mark.parametrize("mode", [{}, dict(do_sample=True), dict(num_beams=2)], ids=str)

@@ -2,6 +2,8 @@
 """generate, by every way users call it, against full forwards and the float64 reference. Logits are compared, not
 tokens: a tiny model may choose the same tokens with and without compression."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -613,3 +615,25 @@ def test_the_decoding_step_compiles_whole(backend, kind):
     if counter is not None:
         assert counter.frame_count == 1
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole text", "new tokens"])
+def test_a_long_new_turn_is_read_in_chunks_too(model, prompts, whole):
+    first = model.generate(prompts[-1][None], **EVERY_STEP)
+    new = random_rows([11])[0][None]
+    text = torch.cat([first.sequences if whole else first.sequences[:, -1:], new], dim=1)
+    cache = copy.deepcopy(first.past_key_values)
+    expected = model.generate(text, past_key_values=cache, **EVERY_STEP)
+    read, seen = [], []
+    with model.backbone.layers[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1])):
+        chunked = model.generate(
+            text,
+            past_key_values=first.past_key_values,
+            prefill_chunk_length=5,
+            prefill_progress=lambda done, total: seen.append((done, total)),
+            **EVERY_STEP,
+        )
+    assert read[:3] == [5, 5, 2]
+    assert seen == [(5, 12), (10, 12), (12, 12)]
+    for step, other in zip(chunked.logits, expected.logits, strict=True):
+        torch.testing.assert_close(step, other)

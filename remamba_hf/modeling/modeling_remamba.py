@@ -8,6 +8,7 @@ Shapes: `B` rows, `L` positions of a pass, `H` hidden size, `E` inner size, `N` 
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .configuration_remamba import ReMambaConfig
 from .selective_compression import Adaptation, SelectiveCompressor
 from .selective_scan import selective_scan, selective_scan_step
 from .two_stage_generation import (
+    COMPRESSION_ON_A_FILLED_CACHE,
     PackedRows,
     Progress,
     TwoStageBackbone,
@@ -227,6 +229,32 @@ class ReMambaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but damaged weights are named as such.
+
+        Raises:
+            OSError: a safetensors file is cut off or damaged.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise OSError(
+                f"A weight file of {pretrained_model_name_or_path} is damaged or cut off ({error}). Get the files again."
+            ) from error
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but a file in the folder's place is an error instead of a log line.
+
+        Raises:
+            FileExistsError: `save_directory` is a file.
+        """
+        if Path(save_directory).is_file():
+            raise FileExistsError(f"{save_directory} is a file. Give the folder to save the checkpoint in.")
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -371,10 +399,7 @@ class ReMambaModel(TwoStageBackbone, ReMambaPreTrainedModel):
                 check_no_empty_prompt(rows.lengths)
                 prompts = list(rows.lengths)
         elif compress_prompt:
-            raise ValueError(
-                "compress_prompt=True on a filled cache: what the cache has read cannot be compressed any more. Leave "
-                "compress_prompt out to continue, or start without the cache."
-            )
+            raise ValueError(COMPRESSION_ON_A_FILLED_CACHE)
         output = self.read_rows(
             rows,
             self.plan_windows(rows.lengths, prompts, compression_start, compression_span, compression_ratio),
