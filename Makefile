@@ -22,7 +22,7 @@ OLDEST_READY = $(VENV_OLDEST)/.ready
 # transformers' own model tests, of the version that is installed, for modeling_tests/common_mixins
 FETCH_MIXINS = modeling_tests/common_mixins/fetch_transformers_tests.py .cache/transformers-tests
 
-.PHONY: help demo test lint types format smoke-oldest suite gpu-test bench clean
+.PHONY: cards help demo test lint types format smoke-oldest suite gpu-test bench clean
 
 help:
 	@echo "make demo          read a whole book with the small checkpoint and ask it a question"
@@ -30,6 +30,7 @@ help:
 	@echo "make lint|types|smoke-oldest|suite    the parts of it"
 	@echo "make format        rewrite the sources in the project's format"
 	@echo "make gpu-test      the tests that need a CUDA device"
+	@echo "make cards         copy today's code into the checkpoints of model_cards/"
 	@echo "make bench         CPU prefill against transformers' Mamba"
 	@echo "make clean         remove the environments and caches"
 
@@ -55,6 +56,10 @@ suite: $(DEV_READY)
 
 gpu-test: $(DEV_READY)
 	$(VENV)/bin/python -m pytest -q -m gpu --run-slow $(PYTEST_ARGS)
+
+# The checkpoints carry the code as it is today; a test compares them.
+cards:
+	for file in model_cards/*/*.py; do cp "remamba_hf/modeling/$$(basename $$file)" "$$file"; done
 
 format: $(DEV_READY)
 	$(VENV)/bin/ruff check --fix .

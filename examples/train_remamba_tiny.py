@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a small ReMamba that reads books and recalls a number planted far back, from scratch, with `transformers.Trainer`.
 
-    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT              # one GPU, about ten minutes
+    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --max-minutes 7   # one GPU
     python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --plain      # plain Mamba, the same batches
     python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --smoke      # CPU, a few minutes, much smaller
 
@@ -15,6 +15,7 @@ first to every vector, then to fewer, while they grow. See remamba_hf/training/r
 
 import argparse
 import math
+import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -234,8 +235,12 @@ def save(trainer: RecallTrainer, curriculum: Curriculum, recipe: Recipe, argumen
     with tempfile.TemporaryDirectory(dir=arguments.output) as exact:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(exact)
         # Loading in bf16 leaves in fp32 what has to stay there (A_log, D, the biases of the step size).
-        ReMambaForCausalLM.from_pretrained(exact, dtype=torch.bfloat16).save_pretrained(target)
-    trainer.processing_class.save_pretrained(target)
+        rounded = ReMambaForCausalLM.from_pretrained(exact, dtype=torch.bfloat16)
+    partial = arguments.output / "model.partial"
+    rounded.save_pretrained(partial)
+    trainer.processing_class.save_pretrained(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
     history = trainer.state.log_history
     write_json(
         arguments.output / "training.json",

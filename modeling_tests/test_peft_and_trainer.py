@@ -262,3 +262,21 @@ def test_trainer_with_a_peft_model(base, tokenizer, tmp_path):
     run.train()
     assert run.evaluate()["eval_loss"] < start
     assert run.predict(Questions(7)).predictions.shape == (7, 27, 50)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_projections_act():
+    """Linear layers replaced by quantised ones are called in both passes and in a decoding step."""
+    model = tiny_model(torch.float32).eval()
+    ids = torch.randint(1, 50, (1, 24))
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    called = []
+    for name, module in quantised.named_modules():
+        if type(module) is torch.ao.nn.quantized.dynamic.Linear and name.startswith("backbone.layers.0"):
+            module.register_forward_hook(lambda *_, name=name: called.append(name.split(".")[-1]))
+    assert quantised.generate(ids, max_new_tokens=2, pad_token_id=0, eos_token_id=None).shape == (1, 26)
+    assert sorted(called) == sorted(["in_proj", "x_proj", "out_proj"] * 3), "two passes and one step"
+    with torch.no_grad():
+        exact, rounded = (m(ids, compress_prompt=False).logits for m in (model, quantised))
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).square().mean().sqrt() < 0.5 * exact.square().mean().sqrt()

@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "transformers", "mamba-ssm", "causal-conv1d", "triton", "p
 _SETTINGS = (
     ("start", float, "S", "where the window begins, as a share of the prompt"),
     ("span", float, "P", "the window's length as a share of the prompt"),
-    ("ratio", float, "RHO", "share of the window that is kept"),
+    ("ratio", float, "RHO", "share of the window that is kept (given here, compression_max_kept does not bound it)"),
 )
 
 
@@ -233,6 +233,8 @@ def _generate(options: argparse.Namespace) -> int:
         check_picture(options.plot)
         if options.no_compression:
             raise ValueError("--plot shows what was kept: leave out --no-compression.")
+    if options.no_compression and (options.compare_plain or _given_settings(options)):
+        raise ValueError("--no-compression leaves nothing to set or compare: leave out --compression-* and --compare-plain.")
     if not options.debug:
         logging.disable_progress_bar()  # of loading weights
     model, tokenizer = load_for_reading(options.model, options.revision, options.device, options.dtype)

@@ -180,7 +180,13 @@ def read_and_answer(
     ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
     with watch_prefill(model) as prefill:
         started = time.perf_counter()
-        output = model.generate(ids, max_new_tokens=max_new_tokens, prefill_progress=prefill_progress, **generate_options)
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),  # a document may spell out the pad token; it is read all the same
+            max_new_tokens=max_new_tokens,
+            prefill_progress=prefill_progress,
+            **generate_options,
+        )
         ended = time.perf_counter()
     positions, scores = prefill.kept(0)
     sequence = output if isinstance(output, torch.Tensor) else output.sequences

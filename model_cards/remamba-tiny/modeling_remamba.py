@@ -8,6 +8,7 @@ Shapes: `B` rows, `L` positions of a pass, `H` hidden size, `E` inner size, `N` 
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .causal_convolution import causal_conv1d, causal_conv1d_step
 from .configuration_remamba import ReMambaConfig
-from .selective_compression import Adaptation, SelectiveCompressor
+from .selective_compression import Adaptation, SelectiveCompressor, settings_for_rows
 from .selective_scan import selective_scan, selective_scan_step
 from .two_stage_generation import (
     PackedRows,
@@ -29,11 +30,10 @@ from .two_stage_generation import (
     TwoStageCausalLMOutput,
     TwoStageGenerationMixin,
     TwoStageModelOutput,
-    check_no_empty_prompt,
     check_shapes,
     check_token_ids,
     chunk_length_for,
-    row_prompt_lengths,
+    prompts_to_compress,
 )
 
 
@@ -227,6 +227,32 @@ class ReMambaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but damaged weights are named as such.
+
+        Raises:
+            OSError: a safetensors file is cut off or damaged.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise OSError(
+                f"A weight file of {pretrained_model_name_or_path} is damaged or cut off ({error}). Get the files again."
+            ) from error
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but a file in the folder's place is an error instead of a log line.
+
+        Raises:
+            FileExistsError: `save_directory` is a file.
+        """
+        if Path(save_directory).is_file():
+            raise FileExistsError(f"{save_directory} is a file. Give the folder to save the checkpoint in.")
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -364,20 +390,16 @@ class ReMambaModel(TwoStageBackbone, ReMambaPreTrainedModel):
             cache_params.note = note._replace(stale=True)
 
         rows = PackedRows(input_ids, inputs_embeds, attention_mask, self.embeddings)
-        prompts = None
-        if compress_prompt is not False and not _is_filled(cache_params):
-            prompts = row_prompt_lengths(prompt_lengths, labels, rows.lengths, attention_mask)
-            if prompts is None and compress_prompt:
-                check_no_empty_prompt(rows.lengths)
-                prompts = list(rows.lengths)
-        elif compress_prompt:
-            raise ValueError(
-                "compress_prompt=True on a filled cache: what the cache has read cannot be compressed any more. Leave "
-                "compress_prompt out to continue, or start without the cache."
-            )
+        settings = (compression_start, compression_span, compression_ratio)
+        settings_for_rows(self.config, rows.batch, *settings)  # raises on what is out of range
+        # `generate` reads a prompt without labels and gradients, and never draws, in whichever mode the model is.
+        trains = self.training and (labels is not None or torch.is_grad_enabled())
+        prompts = prompts_to_compress(
+            rows, compress_prompt, prompt_lengths, labels, attention_mask, settings, _is_filled(cache_params)
+        )
         output = self.read_rows(
             rows,
-            self.plan_windows(rows.lengths, prompts, compression_start, compression_span, compression_ratio),
+            self.plan_windows(rows.lengths, prompts, *settings, trains=trains),
             prompts or rows.lengths,
             cache_params,
             columns_to_keep,
@@ -514,13 +536,15 @@ class ReMambaForCausalLM(ReMambaPreTrainedModel, TwoStageGenerationMixin):
             **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
         )
         hidden_states = output.last_hidden_state
-        if isinstance(logits_to_keep, torch.Tensor):
+        if isinstance(logits_to_keep, torch.Tensor) and labels is None:
             hidden_states = hidden_states[:, logits_to_keep]
         logits = _at_least_float32(self.lm_head(hidden_states))
         loss = None
-        if labels is not None:
+        if labels is not None:  # of all columns, whatever is returned of them
             loss = self.language_modeling_loss(logits, labels, **kwargs)
-            if isinstance(logits_to_keep, int) and logits_to_keep:
+            if isinstance(logits_to_keep, torch.Tensor):
+                logits = logits[:, logits_to_keep]
+            elif logits_to_keep:
                 logits = logits[:, -logits_to_keep:]
         result = TwoStageCausalLMOutput(
             loss=loss,
@@ -550,6 +574,9 @@ def _check_cache_rows(cache_params: Cache | None, batch: int) -> None:
 
 def _checked_arguments(kwargs: dict[str, Any], cache_params: Cache | None) -> Cache | None:
     """The cache under either of its names; raises on arguments that this model would have to ignore."""
+    misspelt = [name for name in kwargs if name.startswith(("compress", "prefill", "prompt"))]
+    if misspelt:
+        raise ValueError(f"forward has no arguments {misspelt}. Check their spelling against its docstring.")
     cache = kwargs.pop("past_key_values", None)
     if any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")):
         raise ValueError(

@@ -146,24 +146,27 @@ def as_numbers(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def draw_training_setting(config: Any) -> Setting:
-    """s, p and rho of one training forward, uniform in the configured ranges, from torch's global CPU generator."""
-    values = []
-    for name in Setting._fields:
+def draw_training_setting(config: Any, start: Any = None, span: Any = None, ratio: Any = None) -> Setting:
+    """s, p and rho of one training forward: as given, else uniform in the configured range, from torch's global CPU
+    generator, else as configured."""
+    values: list[Any] = []
+    for name, value in zip(Setting._fields, (start, span, ratio), strict=True):
         bounds = getattr(config, f"train_compression_{name}")
-        low, high = bounds if bounds is not None else [getattr(config, f"compression_{name}")] * 2
-        values.append(low + (high - low) * torch.rand((), dtype=torch.float64).item() if low < high else low)
+        if value is None and bounds is not None:
+            low, high = bounds
+            value = low + (high - low) * torch.rand((), dtype=torch.float64).item() if low < high else low
+        values.append(getattr(config, f"compression_{name}") if value is None else value)
     return Setting(*values)
 
 
-def training_window(config: Any, prompt_length: int, drawn: Setting) -> Window:
+def training_window(config: Any, prompt_length: int, drawn: Setting, max_kept: int | None = None) -> Window:
     """The window of one training prompt under the drawn setting, with the authors' rule for the prompt's tail."""
     tail = config.train_compression_tail
     if tail and prompt_length <= tail + _TRAINING_MARGIN:
         spans = config.train_compression_span
         drawn = drawn._replace(span=spans[0] if spans is not None else drawn.span)
         tail = 0
-    return window_of(prompt_length, drawn, config.compression_min_prompt, tail, config.compression_max_kept)
+    return window_of(prompt_length, drawn, config.compression_min_prompt, tail, max_kept)
 
 
 @dataclass
@@ -309,7 +312,7 @@ class CompressedPrompt:
         rows = [columns + window.dropped * (columns >= window.start + window.kept) for window in self.windows]
         lengths = torch.tensor(self.lengths)[:, None]
         dropped = torch.tensor([window.dropped for window in self.windows])[:, None]
-        return torch.stack(rows).minimum(lengths + dropped - 1).to(device)
+        return torch.stack(rows).minimum(lengths + dropped - 1).clamp(min=0).to(device)
 
     def inserted(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The kept vectors in columns [begin, end): flat indices into [B * (end - begin)] and into [B * K]."""

@@ -24,7 +24,6 @@ from .selective_compression import (
     CompressedPrompt,
     Selection,
     SelectiveCompressor,
-    Setting,
     Window,
     as_numbers,
     draw_training_setting,
@@ -346,25 +345,31 @@ class TwoStageBackbone:
         start: Any = None,
         span: Any = None,
         ratio: Any = None,
+        trains: bool = False,
     ) -> list[Window]:
-        """Each row's window: the call's settings, in training the drawn ones, else the configuration's."""
-        batch = len(row_lengths)
-        settings = settings_for_rows(self.config, batch, start, span, ratio)  # validates, whether or not it is used
+        """Each row's window: settings given for the call, the others drawn if the model trains, else the configuration's."""
+        config, batch = self.config, len(row_lengths)
         if prompt_lengths is None:
             return [Window(0, 0, 0)] * batch
-        if self.training and start is None and span is None and ratio is None:
-            drawn: Setting = draw_training_setting(self.config)
-            return [training_window(self.config, length, drawn) for length in prompt_lengths]
-        shortest = self.config.compression_min_prompt
-        most = self.config.compression_max_kept if ratio is None else None  # a ratio asked for is a ratio given
-        return [window_of(length, s, shortest, max_kept=most) for length, s in zip(prompt_lengths, settings, strict=True)]
+        given = (start, span, ratio)
+        settings = settings_for_rows(config, batch, *(draw_training_setting(config, *given) if trains else given))
+        rows = zip(prompt_lengths, settings, strict=True)
+        most = config.compression_max_kept if ratio is None else None  # a ratio asked for is a ratio given
+        if trains and span is None:
+            return [training_window(config, length, setting, most) for length, setting in rows]
+        return [window_of(length, setting, config.compression_min_prompt, max_kept=most) for length, setting in rows]
+
+
+def check_chunk_length(chunk_length: Any) -> None:
+    """Raise a ValueError unless it is a positive integer."""
+    if not isinstance(chunk_length, int) or isinstance(chunk_length, bool) or chunk_length < 1:
+        raise ValueError(f"prefill_chunk_length must be an integer of at least 1, got {chunk_length!r}.")
 
 
 def chunk_length_for(length: int, chunk_length: int | None) -> int | None:
     """The chunk length to read `length` positions with: the one given, else a default that bounds long inputs."""
     if chunk_length is not None:
-        if not isinstance(chunk_length, int) or isinstance(chunk_length, bool) or chunk_length < 1:
-            raise ValueError(f"prefill_chunk_length must be an integer of at least 1, got {chunk_length!r}.")
+        check_chunk_length(chunk_length)
         if torch.is_grad_enabled() and chunk_length < length:
             raise ValueError(
                 "prefill_chunk_length is for inference: states are carried between chunks in place. Run under "
@@ -372,6 +377,41 @@ def chunk_length_for(length: int, chunk_length: int | None) -> int | None:
             )
         return chunk_length
     return None if torch.is_grad_enabled() else DEFAULT_CHUNK_LENGTH
+
+
+def prompts_to_compress(
+    rows: PackedRows,
+    compress_prompt: bool | None,
+    prompt_lengths: Any,
+    labels: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    settings: tuple[Any, Any, Any],
+    filled: bool,
+) -> list[int] | None:
+    """Each row's prompt length if prompts are to be compressed, else None; raises where a request contradicts itself.
+
+    Args:
+        settings: s, p and rho as given for the call.
+        filled: the cache has read something already.
+    """
+    if compress_prompt is False:
+        return None
+    if filled:
+        if compress_prompt:
+            raise ValueError(COMPRESSION_ON_A_FILLED_CACHE)
+        if prompt_lengths is not None:
+            raise ValueError("prompt_lengths on a filled cache: what continues it is not compressed. Leave them out.")
+        return None
+    prompts = row_prompt_lengths(prompt_lengths, labels, rows.lengths, attention_mask)
+    if prompts is None and compress_prompt:
+        check_no_empty_prompt(rows.lengths)
+        return list(rows.lengths)
+    if prompts is None and any(setting is not None for setting in settings):
+        raise ValueError(
+            "Compression settings are given, but nothing says what the prompt is. Give prompt_lengths or labels, or "
+            "compress_prompt=True if all of each row is prompt."
+        )
+    return prompts
 
 
 def row_prompt_lengths(
@@ -438,7 +478,7 @@ def _align(
     kept_tokens: torch.Tensor | None,
 ) -> torch.Tensor:
     """States in the columns of the input: up to the window's end from stage 1, behind it from stage 2."""
-    stop = _column([window if window.length else Window(0, 0, 0) for window in windows], "stop", rows.device)
+    stop = _column(windows, "stop", rows.device)  # 0 where nothing is compressed
     if kept_tokens is not None:
         return torch.where((kept_tokens < stop).unsqueeze(-1), first.point_states[:, 1:], second.point_states)
     tokens = rows.tokens_of_last(rows.columns)
@@ -480,7 +520,8 @@ class TwoStageGenerationMixin(GenerationMixin):
             compress_prompt (`bool`, *optional*): False reads the prompt as plain Mamba would; True insists, and raises
                 on a filled cache. Default: compress, unless a filled cache is continued.
             compression_start, compression_span, compression_ratio (`float`, or one a row, *optional*):
-                s, p and rho for this call; default: the configuration's.
+                s, p and rho for this call; default: the configuration's. A ratio given here is not bounded by the
+                configuration's `compression_max_kept`. Without effect where nothing is compressed.
             prefill_chunk_length (`int`, *optional*): read the prompt in chunks of this many tokens. Same result, with
                 memory for activations bounded by the chunk. Default: chunks of 32,768.
             prefill_progress (`Callable[[int, int], Any]`, *optional*): called after every chunk with the tokens read and
@@ -493,47 +534,23 @@ class TwoStageGenerationMixin(GenerationMixin):
             ValueError: settings out of range, an empty prompt or row, ids outside the vocabulary, compression forced on
                 a filled cache, or a generation mode that a recurrent state cannot serve.
         """
-        _refuse_modes([generation_config, self.generation_config], args, kwargs)
+        generation_configs = (generation_config, self.generation_config)
+        _refuse_modes(generation_configs, args, kwargs)
         if (cache := kwargs.pop("past_key_values", None)) is not None:
             kwargs.setdefault("cache_params", cache)
         cache = kwargs.get("cache_params")
-        _refuse_unequal_lengths(inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        prompts = [tensor for tensor in given if tensor is not None]
-        prompt: torch.Tensor | None = next((tensor for tensor in prompts if tensor.shape[-1] > 0), *prompts[:1] or [None])
+        prompt = _prompt_of(inputs, kwargs)
         settings = [as_numbers(value) for value in (compression_start, compression_span, compression_ratio)]
         if prompt is not None:
             _check_prompt(prompt, kwargs.get("attention_mask"), self.config.vocab_size)
             settings_for_rows(self.config, prompt.shape[0], *settings)
         if prefill_chunk_length is not None:
-            with torch.no_grad():
-                chunk_length_for(1, prefill_chunk_length)
-        if compress_prompt and cache is not None and cache.has_previous_state():
-            raise ValueError(
-                "compress_prompt=True on a filled cache: what the cache has read cannot be compressed any more. Leave "
-                "compress_prompt out to continue, or start without the cache."
-            )
-        counts = [
-            _first_given(name, kwargs, generation_config, self.generation_config)
-            for name in ("num_beams", "num_return_sequences")
-        ]
-        copies = max(counts)  # rows that transformers makes of each prompt
-        start, span, ratio = (_per_copy(value, copies) for value in settings)
+            check_chunk_length(prefill_chunk_length)
+        note, repeated = _continuation(cache, prompt, compress_prompt)
         filled = cache is not None and cache.has_previous_state()
-        if filled and (refusal := getattr(cache, "refusal", None)):
-            raise ValueError(refusal)
-        note: _Note | None = getattr(cache, "note", None) if filled else None
-        repeated = note.columns if note is not None and prompt is not None and note.begins(prompt) else 0
-        if note is not None and prompt is not None and note.goes_beyond(prompt):
-            raise ValueError(
-                "The cache has read more than this text, and a recurrent state cannot be rolled back. Start again without "
-                "the cache, or give what comes after what it has read."
-            )
-        if repeated and note is not None and note.stale:
-            raise ValueError(
-                "The whole text was given with a cache that has read more than generate gave it. Give only the tokens that "
-                "the cache has not read."
-            )
+        beams = _first_given("num_beams", kwargs, *generation_configs)
+        copies = max(beams, _first_given("num_return_sequences", kwargs, *generation_configs))
+        start, span, ratio = (_per_copy(value, copies) for value in settings)
         result = super().generate(
             inputs,
             generation_config,
@@ -552,8 +569,9 @@ class TwoStageGenerationMixin(GenerationMixin):
         sequences = result if isinstance(result, torch.Tensor) else result.sequences
         cache = getattr(result, "past_key_values", cache)
         if cache is not None:
-            cache.refusal = _HOLDS_BEAMS if counts[0] > 1 else None
-            cache.note = None if counts[0] > 1 else _note_after(note, filled, repeated, prompt, sequences)
+            early = _rows_that_read_pads(sequences, prompt, kwargs, generation_configs)
+            cache.refusal = _HOLDS_BEAMS if beams > 1 else _ENDED_EARLY.format(early) if early else None
+            cache.note = None if beams > 1 else _note_after(note, filled, repeated, prompt, sequences)
         return result
 
     def prepare_inputs_for_generation(
@@ -595,6 +613,10 @@ class TwoStageGenerationMixin(GenerationMixin):
             **kwargs,
         )
         model_inputs.setdefault("attention_mask", attention_mask)
+        if filled and not is_first_iteration:
+            return model_inputs
+        model_inputs["prefill_chunk_length"] = prefill_chunk_length
+        model_inputs["prefill_progress"] = prefill_progress if is_first_iteration else None
         if filled:
             return model_inputs
         if compress_prompt is not False and prompt_columns is not None:
@@ -606,8 +628,6 @@ class TwoStageGenerationMixin(GenerationMixin):
             compression_start=compression_start,
             compression_span=compression_span,
             compression_ratio=compression_ratio,
-            prefill_chunk_length=prefill_chunk_length,
-            prefill_progress=prefill_progress if is_first_iteration else None,
             prompt_copies=prompt_copies if is_first_iteration else 1,
         )
         return model_inputs
@@ -648,6 +668,23 @@ def _first_given(name: str, kwargs: dict[str, Any], *generation_configs: Any) ->
     return next((int(value) for value in given if value is not None), 1)
 
 
+def _rows_that_read_pads(
+    sequences: torch.Tensor,
+    prompt: torch.Tensor | None,
+    kwargs: dict[str, Any],
+    configs: Sequence[Any],
+) -> list[int]:
+    """Rows of a batch that ended before the others: transformers feeds them pads, which their states have read."""
+    given = [kwargs.get("eos_token_id"), *(getattr(config, "eos_token_id", None) for config in configs)]
+    ends = next((value for value in given if value is not None), None)
+    if ends is None or sequences.shape[0] == 1:
+        return []
+    new = sequences if prompt is None or prompt.dim() == 3 else sequences[:, prompt.shape[1] :]
+    is_end = torch.isin(new, torch.as_tensor(ends, device=new.device))
+    pads_read = is_end.cumsum(1)[:, :-2].bool().sum(1)  # behind the first end, and fed: all but the last token is
+    return pads_read.gt(0).nonzero().flatten().tolist()
+
+
 class _Note(NamedTuple):
     """What `generate` leaves on a cache it has moved. A linear cache knows no length, and callers may continue it with the
     whole text or with only what is new: the text is whole if it begins with what was read.
@@ -662,16 +699,32 @@ class _Note(NamedTuple):
     values: torch.Tensor
     stale: bool = False
 
-    def goes_beyond(self, prompt: torch.Tensor) -> bool:
-        """Whether the prompt is a beginning of the ids that were read, more of it than a last token fed again."""
-        length = prompt.shape[1]
-        return prompt.dim() == 2 and 1 < length <= self.columns and torch.equal(self.values[:, :length], prompt)
-
     def begins(self, prompt: torch.Tensor) -> bool:
         values = self.values
         if prompt.dim() != values.dim() or prompt.shape[0] != values.shape[0] or prompt.shape[1] <= self.columns:
             return False
         return torch.equal(prompt[:, self.index], values)
+
+
+def _continuation(
+    cache: Cache | None, prompt: torch.Tensor | None, compress_prompt: bool | None
+) -> tuple[_Note | None, int]:
+    """The note on a filled cache, and how many of the prompt's columns it has read already; raises if it cannot go on."""
+    if cache is None or not cache.has_previous_state():
+        return None, 0
+    if compress_prompt:
+        raise ValueError(COMPRESSION_ON_A_FILLED_CACHE)
+    if refusal := getattr(cache, "refusal", None):
+        raise ValueError(refusal)
+    note: _Note | None = getattr(cache, "note", None)
+    if note is None or prompt is None or not note.begins(prompt):
+        return note, 0
+    if note.stale:
+        raise ValueError(
+            "The whole text was given with a cache that has read more than generate gave it. Give only the tokens that "
+            "the cache has not read."
+        )
+    return note, note.columns
 
 
 def _note_after(
@@ -690,9 +743,17 @@ def _note_after(
     return _Note(read.shape[1], slice(read.shape[1]), read.clone())
 
 
+COMPRESSION_ON_A_FILLED_CACHE = (
+    "compress_prompt=True on a filled cache: what the cache has read cannot be compressed any more. Leave "
+    "compress_prompt out to continue, or start without the cache."
+)
 _LEFT_IN_THE_MIDDLE = (
     "This cache was left in the middle of a call of generate, which was interrupted: it has read tokens that you were not "
     "given. Start again without it."
+)
+_ENDED_EARLY = (
+    "Rows {} of this cache ended before the others, and it has read the pads that filled them up. Start a new call with the "
+    "whole text and no cache, or generate row by row."
 )
 _HOLDS_BEAMS = (
     "This cache comes from beam search: it holds the running beams, not the returned sequences. Start a new call with the "
@@ -719,7 +780,7 @@ _REFUSED_MODES = {
 _KEY_VALUE_CACHES = ("quantized", "paged", "sliding_window", "hybrid")
 
 
-def _refuse_modes(generation_configs: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _refuse_modes(generation_configs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise for what transformers would ignore or break with a recurrent state."""
     if kwargs.get("prompt_lengths") is not None:
         raise ValueError(
@@ -746,14 +807,19 @@ def _refuse_modes(generation_configs: list[Any], args: tuple[Any, ...], kwargs: 
         )
 
 
-def _refuse_unequal_lengths(ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> None:
-    if ids is None or embeddings is None or ids.shape[-1] == 0:
-        return
+def _prompt_of(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The prompt that `generate` was given: ids [B, L], or embeddings [B, L, H] where there are no ids."""
+    ids, embeddings = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    if embeddings is None or (ids is not None and ids.dim() == 3):
+        return ids
+    if ids is None or ids.shape[-1] == 0:
+        return embeddings
     if ids.shape[:2] != embeddings.shape[:2]:
         raise ValueError(
             f"input_ids {tuple(ids.shape)} and inputs_embeds {tuple(embeddings.shape)} are of different lengths. Give the "
             "ids that the embeddings stand for, or only one of them."
         )
+    return ids
 
 
 def _check_prompt(prompt: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> None:

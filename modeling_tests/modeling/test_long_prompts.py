@@ -49,7 +49,6 @@ def test_memory_is_flat_in_the_length():
     assert in_one_piece > 32_768 * 1000, "the measure must show what is not chunked"
 
 
-@pytest.mark.slow
 def test_128k_tokens():
     (at_128k,) = growth(2048, 131_072)
     assert at_128k < 131_072 * 300

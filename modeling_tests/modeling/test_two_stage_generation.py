@@ -637,3 +637,47 @@ def test_a_long_new_turn_is_read_in_chunks_too(model, prompts, whole):
     assert seen == [(5, 12), (10, 12), (12, 12)]
     for step, other in zip(chunked.logits, expected.logits, strict=True):
         torch.testing.assert_close(step, other)
+
+
+def test_generate_draws_no_training_settings(model, prompts):
+    expected = model.generate(prompts[-1][None], **EVERY_STEP)
+    training = copy.deepcopy(model).train()
+    training.config.train_compression_span, training.config.train_compression_tail = (0.1, 0.15), 0
+    for mode in ({}, dict(use_cache=False)):
+        state = torch.get_rng_state()
+        found = training.generate(prompts[-1][None], **EVERY_STEP, **mode)
+        assert torch.equal(torch.get_rng_state(), state)
+        for step, other in zip(found.logits, expected.logits, strict=True):
+            torch.testing.assert_close(step, other)
+
+
+def test_a_batch_with_a_row_that_ended_early_is_not_continued(model, prompts):
+    """transformers feeds a finished row pads until the last one ends, and its state has read them."""
+    rows = torch.stack(random_rows([20, 20]))
+    plain = model.generate(rows, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    end = plain[0, 21].item()
+    ended = [(plain[row, 20:] == end).nonzero().flatten().tolist() for row in range(2)]
+    output = model.generate(
+        rows, max_new_tokens=6, do_sample=False, eos_token_id=end, pad_token_id=0, return_dict_in_generate=True
+    )
+    early = [row for row in range(2) if ended[row] and ended[row][0] < output.sequences.shape[1] - 22]
+    if early and len(early) < 2:
+        with pytest.raises(ValueError, match=r"Rows \[\d\] of this cache ended before"):
+            model.generate(output.sequences, past_key_values=output.past_key_values, max_new_tokens=2)
+    alone = model.generate(rows[:1], max_new_tokens=6, eos_token_id=end, do_sample=False, return_dict_in_generate=True)
+    new = torch.cat([alone.sequences, rows[1:, :3]], dim=1)
+    model.generate(new, past_key_values=alone.past_key_values, max_new_tokens=2)
+
+
+def test_misspelt_and_contradictory_arguments_of_forward(model, prompts):
+    ids = prompts[-1][None]
+    for wrong in ({"compresion_span": 0.3}, {"prefill_chunk": 3}):
+        name = next(iter(wrong))
+        if name.startswith(("compress", "prefill")):
+            with pytest.raises(ValueError, match=name):
+                model(ids, **wrong)
+    with pytest.raises(ValueError, match="nothing says what the prompt is"):
+        model(ids, compression_span=0.3)
+    cache = model(ids, use_cache=True).cache_params
+    with pytest.raises(ValueError, match="prompt_lengths on a filled cache"):
+        model(ids[:, :3], cache_params=cache, prompt_lengths=[3])

@@ -126,9 +126,7 @@ def recall_cell(
         One record per prompt: `depth` (0 to 1), `inside` (the fact lies in the compression window), `right`, `answer`,
         `number` and, compressed, `kept` (share of the number's digits that was kept).
     """
-    span = model.config.compression_span if settings.span is None else settings.span
-    start = int(model.config.compression_start * length)
-    end = start + math.ceil(length * span)
+    window = model.backbone.plan_windows([length], [length], None, settings.span, settings.ratio)[0]
     rows = max(batch_tokens // length, 1)
     records: list[dict[str, Any]] = []
     for first in range(0, settings.samples, rows):
@@ -141,7 +139,7 @@ def recall_cell(
         for sample, text, share in zip(samples, answers, kept, strict=True):
             record = {
                 "depth": round(sample.depth, 4),
-                "inside": start <= sample.digits[0] and sample.digits[1] <= end,
+                "inside": window.start <= sample.digits[0] and sample.digits[1] <= window.stop,
                 "right": text == sample.number,
                 "number": sample.number,
                 "answer": text,

@@ -24,7 +24,6 @@ from .selective_compression import (
     CompressedPrompt,
     Selection,
     SelectiveCompressor,
-    Setting,
     Window,
     as_numbers,
     draw_training_setting,
@@ -346,18 +345,19 @@ class TwoStageBackbone:
         start: Any = None,
         span: Any = None,
         ratio: Any = None,
+        trains: bool = False,
     ) -> list[Window]:
-        """Each row's window: the call's settings, in training the drawn ones, else the configuration's."""
-        batch = len(row_lengths)
-        settings = settings_for_rows(self.config, batch, start, span, ratio)  # validates, whether or not it is used
+        """Each row's window: settings given for the call, the others drawn if the model trains, else the configuration's."""
+        config, batch = self.config, len(row_lengths)
         if prompt_lengths is None:
             return [Window(0, 0, 0)] * batch
-        if self.training and start is None and span is None and ratio is None:
-            drawn: Setting = draw_training_setting(self.config)
-            return [training_window(self.config, length, drawn) for length in prompt_lengths]
-        shortest = self.config.compression_min_prompt
-        most = self.config.compression_max_kept if ratio is None else None  # a ratio asked for is a ratio given
-        return [window_of(length, s, shortest, max_kept=most) for length, s in zip(prompt_lengths, settings, strict=True)]
+        given = (start, span, ratio)
+        settings = settings_for_rows(config, batch, *(draw_training_setting(config, *given) if trains else given))
+        rows = zip(prompt_lengths, settings, strict=True)
+        most = config.compression_max_kept if ratio is None else None  # a ratio asked for is a ratio given
+        if trains and span is None:
+            return [training_window(config, length, setting, most) for length, setting in rows]
+        return [window_of(length, setting, config.compression_min_prompt, max_kept=most) for length, setting in rows]
 
 
 def check_chunk_length(chunk_length: Any) -> None:
@@ -377,6 +377,41 @@ def chunk_length_for(length: int, chunk_length: int | None) -> int | None:
             )
         return chunk_length
     return None if torch.is_grad_enabled() else DEFAULT_CHUNK_LENGTH
+
+
+def prompts_to_compress(
+    rows: PackedRows,
+    compress_prompt: bool | None,
+    prompt_lengths: Any,
+    labels: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    settings: tuple[Any, Any, Any],
+    filled: bool,
+) -> list[int] | None:
+    """Each row's prompt length if prompts are to be compressed, else None; raises where a request contradicts itself.
+
+    Args:
+        settings: s, p and rho as given for the call.
+        filled: the cache has read something already.
+    """
+    if compress_prompt is False:
+        return None
+    if filled:
+        if compress_prompt:
+            raise ValueError(COMPRESSION_ON_A_FILLED_CACHE)
+        if prompt_lengths is not None:
+            raise ValueError("prompt_lengths on a filled cache: what continues it is not compressed. Leave them out.")
+        return None
+    prompts = row_prompt_lengths(prompt_lengths, labels, rows.lengths, attention_mask)
+    if prompts is None and compress_prompt:
+        check_no_empty_prompt(rows.lengths)
+        return list(rows.lengths)
+    if prompts is None and any(setting is not None for setting in settings):
+        raise ValueError(
+            "Compression settings are given, but nothing says what the prompt is. Give prompt_lengths or labels, or "
+            "compress_prompt=True if all of each row is prompt."
+        )
+    return prompts
 
 
 def row_prompt_lengths(
@@ -485,7 +520,8 @@ class TwoStageGenerationMixin(GenerationMixin):
             compress_prompt (`bool`, *optional*): False reads the prompt as plain Mamba would; True insists, and raises
                 on a filled cache. Default: compress, unless a filled cache is continued.
             compression_start, compression_span, compression_ratio (`float`, or one a row, *optional*):
-                s, p and rho for this call; default: the configuration's.
+                s, p and rho for this call; default: the configuration's. A ratio given here is not bounded by the
+                configuration's `compression_max_kept`. Without effect where nothing is compressed.
             prefill_chunk_length (`int`, *optional*): read the prompt in chunks of this many tokens. Same result, with
                 memory for activations bounded by the chunk. Default: chunks of 32,768.
             prefill_progress (`Callable[[int, int], Any]`, *optional*): called after every chunk with the tokens read and
@@ -533,7 +569,8 @@ class TwoStageGenerationMixin(GenerationMixin):
         sequences = result if isinstance(result, torch.Tensor) else result.sequences
         cache = getattr(result, "past_key_values", cache)
         if cache is not None:
-            cache.refusal = _HOLDS_BEAMS if beams > 1 else None
+            early = _rows_that_read_pads(sequences, prompt, kwargs, generation_configs)
+            cache.refusal = _HOLDS_BEAMS if beams > 1 else _ENDED_EARLY.format(early) if early else None
             cache.note = None if beams > 1 else _note_after(note, filled, repeated, prompt, sequences)
         return result
 
@@ -631,6 +668,23 @@ def _first_given(name: str, kwargs: dict[str, Any], *generation_configs: Any) ->
     return next((int(value) for value in given if value is not None), 1)
 
 
+def _rows_that_read_pads(
+    sequences: torch.Tensor,
+    prompt: torch.Tensor | None,
+    kwargs: dict[str, Any],
+    configs: Sequence[Any],
+) -> list[int]:
+    """Rows of a batch that ended before the others: transformers feeds them pads, which their states have read."""
+    given = [kwargs.get("eos_token_id"), *(getattr(config, "eos_token_id", None) for config in configs)]
+    ends = next((value for value in given if value is not None), None)
+    if ends is None or sequences.shape[0] == 1:
+        return []
+    new = sequences if prompt is None or prompt.dim() == 3 else sequences[:, prompt.shape[1] :]
+    is_end = torch.isin(new, torch.as_tensor(ends, device=new.device))
+    pads_read = is_end.cumsum(1)[:, :-2].bool().sum(1)  # behind the first end, and fed: all but the last token is
+    return pads_read.gt(0).nonzero().flatten().tolist()
+
+
 class _Note(NamedTuple):
     """What `generate` leaves on a cache it has moved. A linear cache knows no length, and callers may continue it with the
     whole text or with only what is new: the text is whole if it begins with what was read.
@@ -696,6 +750,10 @@ COMPRESSION_ON_A_FILLED_CACHE = (
 _LEFT_IN_THE_MIDDLE = (
     "This cache was left in the middle of a call of generate, which was interrupted: it has read tokens that you were not "
     "given. Start again without it."
+)
+_ENDED_EARLY = (
+    "Rows {} of this cache ended before the others, and it has read the pads that filled them up. Start a new call with the "
+    "whole text and no cache, or generate row by row."
 )
 _HOLDS_BEAMS = (
     "This cache comes from beam search: it holds the running beams, not the returned sequences. Start a new call with the "

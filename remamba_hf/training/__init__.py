@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: data, collators, Trainer subclasses."""
+"""Training: data, collator, parameter groups, recipes."""
+
+from .two_stage_trainer import PromptResponseCollator, TwoStageTrainer, parameter_groups
+
+__all__ = ["PromptResponseCollator", "TwoStageTrainer", "parameter_groups"]

@@ -179,7 +179,14 @@ def prepare_books(
         output.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(output / "tokenizer")
         _save_array(tokens_path, tokens)
-        record = {"books": len(paths), "excluded": exclude, "seed": seed, "tokens": len(tokens), "vocab_size": vocab_size}
+        record = {
+            "books": len(paths),
+            "books_encoded": int((tokens == tokenizer.eos_token_id).sum()),
+            "excluded": exclude,
+            "seed": seed,
+            "tokens": len(tokens),
+            "vocab_size": vocab_size,
+        }
         write_json(record_path, record)
     record = json.loads(record_path.read_text())
     if record["vocab_size"] != vocab_size:

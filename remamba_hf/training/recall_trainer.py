@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..modeling.selective_compression import Setting, window_of
 from .book_tokens import write_json
 from .recall_data import RecallDataset
 from .recall_losses import LossWeights, evidence_loss, token_losses, value_loss
@@ -135,6 +136,11 @@ class Curriculum(TrainerCallback):
             self.decay_from = progress
 
 
+def _window_end(batch: dict[str, Any]) -> int:
+    """Where the window, which starts with the prompt, ends in every row of a batch."""
+    return window_of(batch["prompt_length"], Setting(0.0, batch["compression_span"], batch["compression_ratio"])).stop
+
+
 class RecallTrainer(TwoStageTrainer):
     """`TwoStageTrainer` on `RecallDataset` batches, with the losses of `recall_losses`.
 
@@ -215,8 +221,7 @@ class RecallTrainer(TwoStageTrainer):
     def _compressor_losses(self, model: nn.Module, inputs: dict[str, Any], states: Tensor) -> dict[str, Tensor]:
         backbone = self.accelerator.unwrap_model(model).backbone
         prompt = states.shape[1]
-        window = math.ceil(prompt * inputs["compression_span"])
-        scores = backbone.compressor.scores(states[:, -1], states[:, :window])
+        scores = backbone.compressor.scores(states[:, -1], states[:, : _window_end(inputs)])
         embeddings = backbone.embeddings(inputs["input_ids"][:, :prompt])
         return {
             "value": value_loss(backbone.compressor.value, states, embeddings),
@@ -233,7 +238,7 @@ class RecallTrainer(TwoStageTrainer):
             self.record("plain_match", right)
             return
         digits = inputs["digits"]
-        inside = digits[:, 1] <= math.ceil(inputs["prompt_length"] * inputs["compression_span"])
+        inside = digits[:, 1] <= _window_end(inputs)
         self.record("in_window_match", right, inside)
         self.record("out_of_window_match", right, ~inside)
         kept = outputs.compressed_positions
