@@ -150,7 +150,7 @@ def test_perplexity_is_that_of_the_last_tokens(model_folder):
     ids = torch.from_numpy(text.astype(np.int64))[None]
     with torch.no_grad():
         losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
-    value = recall.text_perplexity(model, text, length=100, counted=20, samples=2, seed=0)
+    value = recall.text_perplexity(model, text, length=100, counted=20, samples=2, seed=0, longest=100)
     assert value == pytest.approx(math.exp(losses[-20:].mean().item()), rel=1e-4)
 
 

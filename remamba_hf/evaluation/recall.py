@@ -150,14 +150,16 @@ def recall_cell(
 
 @torch.no_grad()
 def text_perplexity(
-    model: ReMambaForCausalLM, tokens: np.ndarray, length: int, counted: int, samples: int, seed: int
+    model: ReMambaForCausalLM, tokens: np.ndarray, length: int, counted: int, samples: int, seed: int, longest: int
 ) -> float:
-    """Perplexity of the last `counted` tokens of texts of `length` tokens, without compression."""
-    generator = np.random.default_rng([seed, length])
+    """Perplexity of the last `counted` tokens of texts of `length` tokens, without compression.
+
+    The texts of every length up to `longest` end at the same places: what differs between lengths is the context alone.
+    """
+    generator = np.random.default_rng(seed)
     total = 0.0
-    for _ in range(samples):
-        start = int(generator.integers(0, len(tokens) - length + 1))
-        ids = torch.from_numpy(np.asarray(tokens[start : start + length], dtype=np.int64))[None].to(model.device)
+    for end in generator.integers(longest, len(tokens) + 1, size=samples).tolist():
+        ids = torch.from_numpy(np.asarray(tokens[end - length : end], dtype=np.int64))[None].to(model.device)
         logits = model(ids, compress_prompt=False, logits_to_keep=counted + 1, use_cache=False).logits
         total += F.cross_entropy(logits[0, :-1].float(), ids[0, -counted:]).item()
     return math.exp(total / samples)
@@ -235,8 +237,9 @@ def _fill_perplexity(
         for length in settings.lengths if settings.perplexity_tokens and not compress else ():
             if (variant, length) in done:
                 continue
-            count, samples = min(settings.perplexity_tokens, length - 1), min(settings.samples, 16)
-            value = text_perplexity(load(), tokens, length, count, samples, settings.seed)
+            longest = max(settings.lengths)
+            count, samples = min(settings.perplexity_tokens, min(settings.lengths) - 1), min(settings.samples, 16)
+            value = text_perplexity(load(), tokens, length, count, samples, settings.seed, longest)
             results["perplexity"].append(
                 {"variant": variant, "length": length, "tokens": count, "samples": samples, "perplexity": value}
             )
