@@ -574,7 +574,7 @@ def _check_cache_rows(cache_params: Cache | None, batch: int) -> None:
 
 def _checked_arguments(kwargs: dict[str, Any], cache_params: Cache | None) -> Cache | None:
     """The cache under either of its names; raises on arguments that this model would have to ignore."""
-    misspelt = [name for name in kwargs if name.startswith(("compress", "prefill", "prompt"))]
+    misspelt = [name for name in kwargs if name.startswith(("compres", "prefil", "prompt"))]
     if misspelt:
         raise ValueError(f"forward has no arguments {misspelt}. Check their spelling against its docstring.")
     cache = kwargs.pop("past_key_values", None)

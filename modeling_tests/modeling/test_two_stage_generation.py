@@ -651,31 +651,35 @@ def test_generate_draws_no_training_settings(model, prompts):
             torch.testing.assert_close(step, other)
 
 
-def test_a_batch_with_a_row_that_ended_early_is_not_continued(model, prompts):
+def test_a_batch_with_a_row_that_ended_early_is_not_continued(model):
     """transformers feeds a finished row pads until the last one ends, and its state has read them."""
+    end = 7
+
+    class EndFirstRow(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, end] = -1e9
+            if input_ids.shape[1] == 21:
+                scores[0, end] = 1e9
+            return scores
+
     rows = torch.stack(random_rows([20, 20]))
-    plain = model.generate(rows, max_new_tokens=6, do_sample=False, eos_token_id=None)
-    end = plain[0, 21].item()
-    ended = [(plain[row, 20:] == end).nonzero().flatten().tolist() for row in range(2)]
-    output = model.generate(
-        rows, max_new_tokens=6, do_sample=False, eos_token_id=end, pad_token_id=0, return_dict_in_generate=True
-    )
-    early = [row for row in range(2) if ended[row] and ended[row][0] < output.sequences.shape[1] - 22]
-    if early and len(early) < 2:
-        with pytest.raises(ValueError, match=r"Rows \[\d\] of this cache ended before"):
-            model.generate(output.sequences, past_key_values=output.past_key_values, max_new_tokens=2)
-    alone = model.generate(rows[:1], max_new_tokens=6, eos_token_id=end, do_sample=False, return_dict_in_generate=True)
-    new = torch.cat([alone.sequences, rows[1:, :3]], dim=1)
-    model.generate(new, past_key_values=alone.past_key_values, max_new_tokens=2)
+    settings = dict(do_sample=False, eos_token_id=end, pad_token_id=0, return_dict_in_generate=True, max_new_tokens=6)
+    for count, refused in ((2, True), (1, False)):
+        output = model.generate(rows[:count], logits_processor=LogitsProcessorList([EndFirstRow()]), **settings)
+        assert output.sequences[0, 21] == end
+        text = torch.cat([output.sequences, torch.stack(random_rows([4] * count))], dim=1)
+        if refused:
+            with pytest.raises(ValueError, match=r"Rows \[0\] of this cache ended before"):
+                model.generate(text, past_key_values=output.past_key_values, **settings)
+        else:
+            model.generate(text, past_key_values=output.past_key_values, **settings)
 
 
 def test_misspelt_and_contradictory_arguments_of_forward(model, prompts):
     ids = prompts[-1][None]
-    for wrong in ({"compresion_span": 0.3}, {"prefill_chunk": 3}):
-        name = next(iter(wrong))
-        if name.startswith(("compress", "prefill")):
-            with pytest.raises(ValueError, match=name):
-                model(ids, **wrong)
+    for name in ("compresion_span", "compress_promt", "prefill_chunk", "prompt_length"):
+        with pytest.raises(ValueError, match=name):
+            model(ids, **{name: 1})
     with pytest.raises(ValueError, match="nothing says what the prompt is"):
         model(ids, compression_span=0.3)
     cache = model(ids, use_cache=True).cache_params
