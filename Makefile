@@ -58,8 +58,8 @@ gpu-test: $(DEV_READY)
 	$(VENV)/bin/python -m pytest -q -m gpu --run-slow $(PYTEST_ARGS)
 
 # The checkpoints carry the code as it is today; a test compares them.
-cards:
-	for file in model_cards/*/*.py; do cp "remamba_hf/modeling/$$(basename $$file)" "$$file"; done
+cards: $(DEV_READY)
+	$(VENV)/bin/python model_cards/copy_code.py
 
 format: $(DEV_READY)
 	$(VENV)/bin/ruff check --fix .

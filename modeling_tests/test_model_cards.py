@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checkpoints in model_cards/ stand as they would on the Hub: today's code, small weights, and what the card says."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import remamba_hf
+from model_cards.copy_code import travelling_files
 from remamba_hf.reading import load_for_reading, read_and_answer
 
 ROOT = Path(remamba_hf.__file__).parent.parent
@@ -23,11 +25,11 @@ def card(request: pytest.FixtureRequest) -> Path:
 
 
 def test_the_code_that_travels_is_todays(card):
-    travelling = sorted(card.glob("*.py"))
-    assert travelling
-    for file in travelling:
-        source = ROOT / "remamba_hf" / "modeling" / file.name
-        assert file.read_text() == source.read_text(), f"{file.name} differs: save the checkpoint again"
+    expected = travelling_files(json.loads((card / "config.json").read_text())["auto_map"])
+    assert {file.name for file in card.glob("*.py")} == expected
+    for name in expected:
+        source = ROOT / "remamba_hf" / "modeling" / name
+        assert (card / name).read_text() == source.read_text(), f"{name} differs: run `make cards`"
 
 
 def test_files_are_those_of_a_small_checkpoint(card):

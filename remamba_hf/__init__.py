@@ -8,17 +8,29 @@ checkpoints load without remote code.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .modeling.configuration_remamba import ReMambaConfig
+from .modeling.configuration_remamba2 import ReMamba2Config
 from .modeling.modeling_remamba import ReMambaForCausalLM, ReMambaModel, ReMambaPreTrainedModel
+from .modeling.modeling_remamba2 import ReMamba2ForCausalLM, ReMamba2Model, ReMamba2PreTrainedModel
 
 __version__ = "0.1.0"
-__all__ = ["ReMambaConfig", "ReMambaForCausalLM", "ReMambaModel", "ReMambaPreTrainedModel"]
+__all__ = [
+    "ReMamba2Config",
+    "ReMamba2ForCausalLM",
+    "ReMamba2Model",
+    "ReMamba2PreTrainedModel",
+    "ReMambaConfig",
+    "ReMambaForCausalLM",
+    "ReMambaModel",
+    "ReMambaPreTrainedModel",
+]
 
-AutoConfig.register(ReMambaConfig.model_type, ReMambaConfig)
-AutoModel.register(ReMambaConfig, ReMambaModel)
-AutoModelForCausalLM.register(ReMambaConfig, ReMambaForCausalLM)
-for _class, _auto in (
-    (ReMambaConfig, "AutoConfig"),
-    (ReMambaModel, "AutoModel"),
-    (ReMambaForCausalLM, "AutoModelForCausalLM"),
+for _config, _model, _language_model in (
+    (ReMambaConfig, ReMambaModel, ReMambaForCausalLM),
+    (ReMamba2Config, ReMamba2Model, ReMamba2ForCausalLM),
 ):
-    _class.register_for_auto_class(_auto)
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoModelForCausalLM.register(_config, _language_model)
+    _config.register_for_auto_class("AutoConfig")
+    _model.register_for_auto_class("AutoModel")
+    _language_model.register_for_auto_class("AutoModelForCausalLM")

@@ -32,6 +32,7 @@ KERNELS = {
     "selective_scan_step": Kernel(
         "triton", "mamba_ssm.ops.triton.selective_state_update", "selective_state_update", "mamba-ssm"
     ),
+    "state_space_dual": Kernel("triton", "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", "mamba-ssm"),
     "causal_convolution": Kernel("causal_conv1d_cuda", "causal_conv1d", "causal_conv1d_fn", "causal-conv1d"),
     "causal_convolution_step": Kernel("causal_conv1d_cuda", "causal_conv1d", "causal_conv1d_update", "causal-conv1d"),
 }

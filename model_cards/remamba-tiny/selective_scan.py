@@ -11,7 +11,6 @@ the state as it is: that is how pads are passed, on either side.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .optional_kernels import usable_kernel
+from .precision import state_dtype, without_autocast
 
 
 def selective_scan_naive(
@@ -77,7 +77,7 @@ def selective_scan(
     dtype = state_dtype(x)
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], *A.shape, dtype=dtype)
-    with _without_autocast(x):  # the state is read in its own dtype
+    with without_autocast(x):  # the state is read in its own dtype
         y, final_state = _BlockedScan.apply(
             x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype), initial_state.to(dtype)
         )
@@ -104,18 +104,9 @@ def selective_scan_step(
     step = dt.to(dtype).unsqueeze(-1)
     state.mul_(torch.exp(step * A.to(dtype)))
     state.addcmul_(step * x.to(dtype).unsqueeze(-1), B.to(dtype).unsqueeze(1))
-    with _without_autocast(x):
+    with without_autocast(x):
         y = torch.matmul(state, C.to(dtype).unsqueeze(-1)).squeeze(-1)
     return _skip_and_gate(y, x.to(dtype), D, z).to(x.dtype)
-
-
-def state_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype a scan over x computes and keeps its state in: float64 stays, everything else is float32."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _skip_and_gate(y: torch.Tensor, x: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
@@ -204,7 +195,7 @@ class _BlockedScan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy, dfinal):
-        with _without_autocast(dy):
+        with without_autocast(dy):
             return _scan_gradients(*ctx.saved_tensors, dy=dy, dfinal=dfinal)
 
 

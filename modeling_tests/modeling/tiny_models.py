@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from remamba_hf import ReMambaConfig, ReMambaForCausalLM
+from remamba_hf.families import FAMILIES
 
 VOCABULARY = 50
 START, SPAN, RATIO = 0.1, 0.5, 0.3
@@ -15,12 +15,18 @@ START, SPAN, RATIO = 0.1, 0.5, 0.3
 PADDINGS = {"left": lambda spare: spare, "right": lambda spare: 0, "both": lambda spare: spare // 2}
 
 
-def tiny_config(**settings: Any) -> ReMambaConfig:
+# What each family's tiny configuration has of its own: Mamba-2's four heads share B and C in two groups.
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "remamba": dict(state_size=4),
+    "remamba2": dict(state_size=6, num_heads=4, head_dim=8, n_groups=2, chunk_size=16),
+}
+
+
+def tiny_config(family: str = "remamba", **settings: Any) -> Any:
     """Three layers of width 16, s=.1, p=.5, rho=.3, training as in evaluation; `settings` override."""
     defaults = dict(
         vocab_size=VOCABULARY,
         hidden_size=16,
-        state_size=4,
         num_hidden_layers=3,
         compression_start=START,
         compression_span=SPAN,
@@ -33,13 +39,13 @@ def tiny_config(**settings: Any) -> ReMambaConfig:
         bos_token_id=1,
         eos_token_id=None,
     )
-    return ReMambaConfig(**{**defaults, **settings})
+    return FAMILIES[family].config_class(**{**defaults, **FAMILY_SETTINGS[family], **settings})
 
 
-def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, **settings: Any) -> ReMambaForCausalLM:
+def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, family: str = "remamba", **settings: Any) -> Any:
     """A model whose compressor and Theta are far from their start, so that every part of the two stages shows."""
     torch.manual_seed(seed)
-    model = ReMambaForCausalLM(tiny_config(**settings))
+    model = FAMILIES[family].model_class(tiny_config(family, **settings))
     for name, parameter in model.named_parameters():
         if "compressor" in name or "adaptation" in name:
             torch.nn.init.normal_(parameter, std=0.4)
@@ -47,8 +53,8 @@ def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, **settings: An
             torch.nn.init.normal_(parameter, std=0.5)
         elif name.endswith(("norm.weight", "norm_f.weight", "mixer.D")):
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
-        elif name.endswith(".bias"):
-            torch.nn.init.normal_(parameter, mean=-1.0 if "dt_proj" in name else 0.0, std=0.3)
+        elif name.endswith((".bias", "dt_bias")):
+            torch.nn.init.normal_(parameter, mean=-1.0 if "dt_" in name else 0.0, std=0.3)
     model.generation_config.eos_token_id = None
     return model.to(dtype).eval()
 

@@ -142,7 +142,7 @@ def _check_arguments(
         raise CheckpointError("An adapter's revision or merge needs an adapter. Name it, or leave these out.")
     if tokenizer is None and tokenizer_revision is not None:
         raise CheckpointError("A tokenizer's revision needs a tokenizer. Name it, or leave the revision out.")
-    ReMambaConfig(num_hidden_layers=1, **(settings or {}))
+    ReMambaConfig(**{"num_hidden_layers": 1, **(settings or {})})
 
 
 def _verified_model(
