@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a small ReMamba that reads books and recalls a number planted far back, from scratch, with `transformers.Trainer`.
 
-    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --max-minutes 7   # one GPU
-    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --plain      # plain Mamba, the same batches
-    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --smoke      # CPU, a few minutes, much smaller
+    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --max-minutes 7      # one GPU
+    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --family remamba2    # ReMamba-2
+    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --plain         # plain Mamba, the same batches
+    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --smoke         # CPU, a few minutes, much smaller
 
 BOOKS is a folder of .txt files. OUTPUT receives the tokenizer and the tokens (`data/`), checkpoints that `--resume` takes
 up (`checkpoints-*/`), and the model (`model/`, bf16) with the record of its training (`training.json`).
@@ -18,17 +19,18 @@ import math
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import remamba_hf
-from remamba_hf import ReMambaConfig, ReMambaForCausalLM
+from remamba_hf.families import FAMILIES
 from remamba_hf.training.book_tokens import prepare_books, write_json
 from remamba_hf.training.recall_data import RecallDataset, RecallLevel, RecallSampler
 from remamba_hf.training.recall_losses import LossWeights
@@ -54,6 +56,8 @@ class Recipe:
     logging_steps: int
     save_steps: int
     levels: tuple[RecallLevel, ...]
+    # The mixer of each family, of about the same number of parameters.
+    mixers: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: LossWeights = LossWeights()  # noqa: RUF009 - frozen
     weight_decay: float = 0.1
     # Shares of the budget: after the first the learning rate falls in any case, after the second a model that has not
@@ -69,6 +73,10 @@ class Recipe:
 
 
 FULL = Recipe(
+    mixers={
+        "remamba": dict(state_size=16),
+        "remamba2": dict(state_size=64, num_heads=8, head_dim=64, n_groups=1, chunk_size=128),
+    },
     hidden_size=256,
     layers=8,
     vocab_size=4096,
@@ -94,6 +102,10 @@ FULL = Recipe(
     ),
 )
 SMOKE = Recipe(
+    mixers={
+        "remamba": dict(state_size=16),
+        "remamba2": dict(state_size=32, num_heads=4, head_dim=32, n_groups=1, chunk_size=64),
+    },
     hidden_size=64,
     layers=2,
     vocab_size=1024,
@@ -121,14 +133,14 @@ SMOKE = Recipe(
 )
 
 
-def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> ReMambaForCausalLM:
+def new_model(recipe: Recipe, family: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """A model with random weights, a function of the seed."""
     set_seed(seed)
-    config = ReMambaConfig(
+    config = FAMILIES[family].config_class(
         vocab_size=recipe.vocab_size,
         hidden_size=recipe.hidden_size,
         num_hidden_layers=recipe.layers,
-        state_size=16,
+        **recipe.mixers[family],
         # Tied embeddings are also the head: 0.1, Mamba's default, makes the first logits too sure of themselves.
         initializer_range=recipe.initializer_range,
         residual_in_fp32=False,
@@ -144,7 +156,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
         train_compression_ratio=recipe.levels[-1].ratio,
         train_compression_tail=0,
     )
-    model = ReMambaForCausalLM(config)
+    model = FAMILIES[family].model_class(config)
     with torch.no_grad():
         # Values are trained towards embeddings: begin near their size.
         model.backbone.compressor.value[2].weight.mul_(0.1)
@@ -215,7 +227,7 @@ def build(
         seed=seed,
     )
     trainer = RecallTrainer(
-        model=new_model(recipe, tokenizer, seed),
+        model=new_model(recipe, arguments.family, tokenizer, seed),
         args=settings,
         train_dataset=dataset,
         data_collator=take_batch,
@@ -235,7 +247,7 @@ def save(trainer: RecallTrainer, curriculum: Curriculum, recipe: Recipe, argumen
     with tempfile.TemporaryDirectory(dir=arguments.output) as exact:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(exact)
         # Loading in bf16 leaves in fp32 what has to stay there (A_log, D, the biases of the step size).
-        rounded = ReMambaForCausalLM.from_pretrained(exact, dtype=torch.bfloat16)
+        rounded = FAMILIES[arguments.family].model_class.from_pretrained(exact, dtype=torch.bfloat16)
     partial = arguments.output / "model.partial"
     rounded.save_pretrained(partial)
     trainer.processing_class.save_pretrained(partial)
@@ -246,6 +258,7 @@ def save(trainer: RecallTrainer, curriculum: Curriculum, recipe: Recipe, argumen
         arguments.output / "training.json",
         {
             "recipe": asdict(recipe),
+            "family": arguments.family,
             "plain": arguments.plain,
             "seed": trainer.args.seed,
             "learning_rate": trainer.args.learning_rate,
@@ -271,6 +284,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for everything this script writes")
     parser.add_argument("--data", type=Path, help="folder of tokenizer and tokens (default: OUTPUT/data)")
     parser.add_argument("--exclude", default="jane austen", help="leave out books whose text matches this expression")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="remamba", help="on Mamba-1 or on Mamba-2")
     parser.add_argument("--plain", action="store_true", help="train a plain Mamba: one stage, no compressor")
     parser.add_argument("--smoke", action="store_true", help="a very small model on short prompts, for the CPU")
     parser.add_argument("--seed", type=int, default=0)

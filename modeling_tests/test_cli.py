@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: what it prints, what it refuses, and that nothing is half-written."""
 
+import inspect
 import os
+import re
 import shutil
 import sys
 import types
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
-from remamba_hf import ReMambaConfig, ReMambaForCausalLM
 from remamba_hf.checkpoint_files import CheckpointError
 from remamba_hf.cli import main
+from remamba_hf.families import FAMILIES
 from remamba_hf.modeling import optional_kernels
 from remamba_hf.reading import load_for_reading, plot_kept, question_prompt, read_and_answer
 from remamba_hf.training.book_tokens import train_book_tokenizer
@@ -20,15 +30,21 @@ from remamba_hf.training.book_tokens import train_book_tokenizer
 DOCUMENT = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n" * 12
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+# A family's tiny configuration, and the channels of its convolution.
+TINY = {
+    "remamba": (dict(state_size=4), 48),
+    "remamba2": (dict(state_size=4, num_heads=6, head_dim=8, n_groups=2), 48 + 2 * 2 * 4),
+}
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(3)
     tokenizer = train_book_tokenizer([DOCUMENT], 280)
-    config = ReMambaConfig(
-        vocab_size=280, hidden_size=24, num_hidden_layers=2, state_size=4, compression_span=0.5, compression_ratio=0.1
-    )
-    model = ReMambaForCausalLM(config)
+    family = FAMILIES[request.param]
+    sizes = dict(vocab_size=280, hidden_size=24, num_hidden_layers=2, **TINY[request.param][0])
+    model = family.model_class(family.config_class(**sizes, compression_span=0.5, compression_ratio=0.1))
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -114,7 +130,8 @@ def test_reading_tells_what_was_kept(checkpoint, tmp_path):
     assert sum(passage.text.count("[") for passage in reading.passages) == len(reading.passages)
     assert {p for passage in reading.passages for p in range(passage.start, passage.stop)} >= set(reading.positions)
     config = model.config
-    floats = config.num_hidden_layers * config.intermediate_size * (config.state_size + config.conv_kernel)
+    convolved = TINY[config.model_type][1]
+    floats = config.num_hidden_layers * (config.intermediate_size * config.state_size + convolved * config.conv_kernel)
     assert reading.state_bytes == 4 * floats
     assert calls[-1][0] == calls[-1][1]
     assert not model._forward_hooks
@@ -156,6 +173,13 @@ def replace_by(model_class, config):
 LLAMA = LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
 
 
+PLAIN_SIZES = dict(vocab_size=30, hidden_size=16, num_hidden_layers=2, state_size=4)
+PLAIN = {
+    "remamba": (MambaForCausalLM, MambaConfig(**PLAIN_SIZES)),
+    "remamba2": (Mamba2ForCausalLM, Mamba2Config(**PLAIN_SIZES, num_heads=4, head_dim=8, n_groups=2, chunk_size=8)),
+}
+
+
 def drop_a_tensor(folder):
     from safetensors.torch import load_file, save_file
 
@@ -174,10 +198,8 @@ def drop_a_tensor(folder):
         (remove("tokenizer.json"), "no tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer of"),
         (replace_by(LlamaForCausalLM, LLAMA), "model_type is 'llama'"),
-        (
-            replace_by(MambaForCausalLM, MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1)),
-            "Convert it first: remamba convert",
-        ),
+        (replace_by(*PLAIN["remamba"]), "Convert it first: remamba convert"),
+        (replace_by(*PLAIN["remamba2"]), "Convert it first: remamba convert"),
         (shutil.rmtree, "no folder"),
     ],
 )
@@ -237,20 +259,25 @@ def test_debug_shows_the_traceback(broken):
         main(["--debug", "generate", "--model", str(broken), "--prompt", "a"])
 
 
-def test_convert(tmp_path, capsys):
-    source = MambaForCausalLM(MambaConfig(vocab_size=30, hidden_size=16, num_hidden_layers=2, state_size=4))
-    source.save_pretrained(tmp_path / "mamba")
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_convert(family, tmp_path, capsys):
+    model_class, config = PLAIN[family.model_type]
+    model_class(config).save_pretrained(tmp_path / "mamba")
     arguments = ["convert", str(tmp_path / "mamba"), str(tmp_path / "out")]
     assert main([*arguments, "--init-compressor", "--dtype", "bfloat16", "--compression-span", "0.3"]) == 0
     out = capsys.readouterr().out
-    for words in ("bfloat16", "verified: plain logits", "loaded again", "UNTRAINED", "no tokenizer"):
+    for words in (family.plain_name, "bfloat16", "verified: plain logits", "loaded again", "UNTRAINED", "no tokenizer"):
         assert words in out
-    model = ReMambaForCausalLM.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model) is family.model_class
     assert model.dtype == torch.bfloat16
     assert model.config.compression_span == 0.3
     assert main(arguments) == 1
     assert "--overwrite" in capsys.readouterr().err
-    assert main([*arguments, "--overwrite"]) == 0
+    assert main([*arguments, "--overwrite", "--to", family.model_type]) == 0
+    other = next(name for name in FAMILIES if name != family.model_type)
+    assert main([*arguments, "--overwrite", "--to", other]) == 1
+    assert f"not '{other}'" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "out"), str(tmp_path / "twice")]) == 1
     assert "already" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mamba", "out"]
@@ -268,9 +295,30 @@ def test_doctor_without_kernels(capsys, monkeypatch):
         assert "not usable" in line
         assert "undefined symbol xyz" in line
         assert kernel.package in line
+        users = [family.name for family in FAMILIES.values() if name in family.kernels]
+        assert f"for {' and '.join(users)})" in line
+        assert users
     assert "torch operators do the same work" in out
     assert "pip install" in out
     assert "Test GPU" in out
+
+
+def test_families_name_the_kernels_that_their_code_asks_for():
+    """The modules that a family's model is made of, and the names that they hand to `usable_kernel`."""
+
+    def asked_for(module, seen):
+        seen.add(module.__name__)
+        source = inspect.getsource(module)
+        names = set(re.findall(r'usable_kernel\(\s*"(\w+)"', source))
+        for part in re.findall(r"^from \.(\w+) import", source, re.MULTILINE):
+            other = sys.modules[f"{module.__package__}.{part}"]
+            if other.__name__ not in seen:
+                names |= asked_for(other, seen)
+        return names
+
+    for family in FAMILIES.values():
+        assert asked_for(sys.modules[family.model_class.__module__], set()) == set(family.kernels), family.name
+    assert {name for family in FAMILIES.values() for name in family.kernels} == set(optional_kernels.KERNELS)
 
 
 def test_doctor_with_kernels(capsys, monkeypatch):

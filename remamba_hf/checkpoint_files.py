@@ -29,6 +29,9 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _TOKENIZER_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+MODEL_STEMS, ADAPTER_STEMS = ("model", "pytorch_model"), ("adapter_model",)
+# Not every file of that suffix: some repositories hold their weights a second time, in a format of their own.
+_SAFETENSORS = [f"{stem}*.safetensors" for stem in (*MODEL_STEMS, *ADAPTER_STEMS)]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -54,7 +57,7 @@ def locate(source: str, revision: str | None = None) -> Path:
     try:
         folder = Path(
             snapshot_download(
-                source, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+                source, revision=revision, allow_patterns=["*.json", *_SAFETENSORS, "*.model", "*.txt", "*.jinja"]
             )
         )
         if not any(folder.glob("*.safetensors")):
@@ -71,7 +74,7 @@ def locate(source: str, revision: str | None = None) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises CheckpointError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}: it is not a checkpoint's folder.") from None
     except (OSError, ValueError) as error:
@@ -81,7 +84,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(folder: Path, stems: tuple[str, ...] = ("model", "pytorch_model")) -> dict[str, torch.Tensor]:
+def _special_float(content: dict[str, Any]) -> Any:
+    """JSON has no infinity: transformers writes it as {"__float__": "Infinity"}, others as the word alone."""
+    value = content.get("__float__")
+    return float(value) if isinstance(value, str) and len(content) == 1 else content
+
+
+def read_tensors(folder: Path, stems: tuple[str, ...] = MODEL_STEMS) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint by name, on the CPU and mapped from their files where the format allows it.
 
     Args:

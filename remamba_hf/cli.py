@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .families import FAMILIES
+
 # Errors are sentences for users: they go to stderr alone, with this exit status. --debug shows the traceback instead.
 _FAILED = 1
 _PACKAGES = ("torch", "transformers", "mamba-ssm", "causal-conv1d", "triton", "peft", "accelerate", "safetensors")
@@ -44,19 +46,22 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="which kernels are active, which are not, why, and what to install")
     doctor.set_defaults(run=_doctor)
-    _add_convert(commands.add_parser("convert", help="make a ReMamba checkpoint from a Mamba checkpoint"))
+    _add_convert(commands.add_parser("convert", help="make a ReMamba checkpoint from a Mamba-1 or Mamba-2 checkpoint"))
     _add_generate(commands.add_parser("generate", help="read a long document and answer a question about it"))
     return parser
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Makes a ReMamba checkpoint from a Mamba-1 in transformers' or in the original state-spaces format, and if given "
-        "from an adapter that was trained on it. The result is verified by logits before OUTPUT appears."
+        "Makes a ReMamba checkpoint from a Mamba-1, or a ReMamba-2 checkpoint from a Mamba-2, in transformers' or in the "
+        "original state-spaces format, and if given from an adapter that was trained on it. The result is verified by "
+        "logits before OUTPUT appears."
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of the Mamba checkpoint")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write")
-    parser.add_argument("--to", choices=("remamba",), default="remamba", help="the family to convert to")
+    parser.add_argument(
+        "--to", choices=tuple(FAMILIES), help="refuse another family; default: that of SOURCE's architecture"
+    )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SOURCE on the Hub")
     parser.add_argument("--adapter", metavar="ADAPTER", help="folder or Hub id of a PEFT adapter trained on SOURCE")
     parser.add_argument("--adapter-revision", metavar="REV")
@@ -80,7 +85,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.description = "Reads a document, answers, and prints on stderr what was kept of it and how long it took."
-    parser.add_argument("--model", required=True, metavar="MODEL", help="folder or Hub id of a ReMamba checkpoint")
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="folder or Hub id of a ReMamba or ReMamba-2 checkpoint"
+    )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of MODEL on the Hub")
     document = parser.add_mutually_exclusive_group(required=True)
     document.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file in UTF-8; - reads stdin")
@@ -149,7 +156,8 @@ def _doctor(options: argparse.Namespace) -> int:
         if function is None:
             unusable.setdefault(kernel.package, []).append(name)
         state = "not usable" if function is None else "active" if cuda else "installed, idle without a CUDA device"
-        print(f"{name:24} {state:12} ({kernel.package}){f': {_one_line(reason)}' if reason else ''}")
+        users = " and ".join(family.name for family in FAMILIES.values() if name in family.kernels)
+        print(f"{name:24} {state:12} ({kernel.package}, for {users}){f': {_one_line(reason)}' if reason else ''}")
     print()
     if not unusable:
         print("All kernels can be used." if cuda else "Kernels run on CUDA tensors only: here torch operators do the work.")
@@ -203,6 +211,7 @@ def _convert(options: argparse.Namespace) -> int:
     report = convert_checkpoint(
         options.source,
         options.output,
+        to=options.to,
         revision=options.revision,
         adapter=options.adapter,
         adapter_revision=options.adapter_revision,

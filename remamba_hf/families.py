@@ -18,6 +18,7 @@ class Family(NamedTuple):
     plain_name: of the architecture it extends.
     config_class, model_class: its configuration and language model.
     plain_config_class, plain_model_class: transformers' own, whose checkpoints it loads.
+    kernels: the optional kernels (`optional_kernels.KERNELS`) that it uses.
     """
 
     name: str
@@ -26,17 +27,35 @@ class Family(NamedTuple):
     model_class: Any
     plain_config_class: Any
     plain_model_class: Any
+    kernels: tuple[str, ...]
 
     @property
     def model_type(self) -> str:
         return str(self.config_class.model_type)
 
 
+_CONVOLUTION_KERNELS = ("causal_convolution", "causal_convolution_step")
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("ReMamba", "Mamba-1", ReMambaConfig, ReMambaForCausalLM, MambaConfig, MambaForCausalLM),
-        Family("ReMamba-2", "Mamba-2", ReMamba2Config, ReMamba2ForCausalLM, Mamba2Config, Mamba2ForCausalLM),
+        Family(
+            "ReMamba",
+            "Mamba-1",
+            ReMambaConfig,
+            ReMambaForCausalLM,
+            MambaConfig,
+            MambaForCausalLM,
+            ("selective_scan", "selective_scan_step", *_CONVOLUTION_KERNELS),
+        ),
+        Family(
+            "ReMamba-2",
+            "Mamba-2",
+            ReMamba2Config,
+            ReMamba2ForCausalLM,
+            Mamba2Config,
+            Mamba2ForCausalLM,
+            ("state_space_dual", "selective_scan_step", *_CONVOLUTION_KERNELS),
+        ),
     )
 }
 PLAIN_FAMILIES = {str(family.plain_config_class.model_type): family for family in FAMILIES.values()}

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from .checkpoint_files import CheckpointError, check_safetensors, first_line, has_tokenizer, locate, read_json
-from .modeling.modeling_remamba import ReMambaForCausalLM
+from .families import FAMILIES, PLAIN_FAMILIES
 from .modeling.selective_compression import Window
 
 _CONTEXT_TOKENS = 12  # shown around a kept passage
@@ -105,8 +105,8 @@ def question_prompt(document: str, question: str) -> str:
 
 def load_for_reading(
     checkpoint: str, revision: str | None = None, device: str | None = None, dtype: str = "auto"
-) -> tuple[ReMambaForCausalLM, PreTrainedTokenizerBase]:
-    """A checkpoint's model, ready for inference, and its tokenizer.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a checkpoint of any family, ready for inference, and its tokenizer.
 
     Args:
         checkpoint: local folder or Hub id.
@@ -122,9 +122,11 @@ def load_for_reading(
     device = _checked_device(device)
     folder = locate(checkpoint, revision)
     model_type = read_json(folder / "config.json").get("model_type")
-    if model_type != ReMambaForCausalLM.config_class.model_type:
-        fix = f"Convert it first: remamba convert {checkpoint} OUTPUT." if model_type in (None, "mamba") else ""
-        raise CheckpointError(f"{checkpoint} is not a ReMamba checkpoint: its model_type is {model_type!r}. {fix}".rstrip())
+    if model_type not in FAMILIES:
+        names = " or ".join(family.name for family in FAMILIES.values())
+        plain = model_type is None or model_type in PLAIN_FAMILIES
+        fix = f"Convert it first: remamba convert {checkpoint} OUTPUT." if plain else f"Give a {names} checkpoint."
+        raise CheckpointError(f"{checkpoint} is no checkpoint of {names}: its model_type is {model_type!r}. {fix}")
     check_safetensors(folder)
     if not has_tokenizer(folder):
         raise CheckpointError(
@@ -139,7 +141,8 @@ def load_for_reading(
             f"The tokenizer of {checkpoint} cannot be loaded: {first_line(error)}. Get its files again."
         ) from error
     try:
-        model, info = ReMambaForCausalLM.from_pretrained(folder, dtype=asked, output_loading_info=True)
+        model_class = FAMILIES[model_type].model_class
+        model, info = model_class.from_pretrained(folder, dtype=asked, output_loading_info=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded: {first_line(error)}. Get its files again.") from error
     if info["missing_keys"]:
@@ -163,7 +166,7 @@ def read_and_answer(
     """Reads a document, generates, and tells what was kept and what it cost.
 
     Args:
-        model: a two-stage model (`ReMambaForCausalLM`).
+        model: a two-stage model (`ReMambaForCausalLM`, `ReMamba2ForCausalLM`).
         tokenizer: its tokenizer.
         document: any text.
         question: put behind the document as in `question_prompt`; None: the document is continued.

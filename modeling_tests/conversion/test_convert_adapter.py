@@ -10,14 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MambaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from remamba_hf import ReMambaConfig, ReMambaForCausalLM
 from remamba_hf.checkpoint_files import CheckpointError
 from remamba_hf.conversion import convert_checkpoint
 from remamba_hf.conversion.lora_adapter import read_adapter
+from remamba_hf.families import PLAIN_FAMILIES
 
-from .conftest import HIDDEN, PADDED_VOCABULARY, make_mamba, write_original
+from .conftest import HIDDEN, PADDED_VOCABULARY, load_mamba, make_mamba, write_original
 
 IDS = torch.randint(PADDED_VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(5))
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["embeddings", "in_proj", "out_proj", "lm_head"]}
@@ -25,19 +25,24 @@ TWO_STAGE = {"compress_prompt": True, "compression_span": 0.5, "compression_rati
 pytestmark = pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning", "ignore:.*save_embedding_layers.*")
 
 
+# What is trained in full of the mixer beside Theta.
+FULL = {"mamba": ["dt_proj"], "mamba2": ["conv1d", "norm"]}
+
+
 class RetBias(nn.Module):
-    def __init__(self, inner: int):
+    def __init__(self, size: int):
         super().__init__()
-        self.param = nn.Parameter(torch.zeros(inner))
+        self.param = nn.Parameter(torch.zeros(size))
 
 
-def with_authors_modules(model: MambaForCausalLM) -> MambaForCausalLM:
+def with_authors_modules(model):
+    steps = model.config.num_heads if model.config.model_type == "mamba2" else model.config.intermediate_size
     model.config.model_type = "authors"  # PEFT refuses LoRA on out_proj of what calls itself mamba
     for name in ("Q_proj", "K_proj", "V_proj"):
         layers = nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN)
         setattr(model.backbone, name, nn.Sequential(*layers))
     for layer in model.backbone.layers:
-        layer.mixer.ret_bias = RetBias(model.config.intermediate_size)
+        layer.mixer.ret_bias = RetBias(steps)
     return model
 
 
@@ -52,10 +57,10 @@ def trained(model, modules_to_save, **lora):
 
 
 @pytest.fixture
-def authors(hf_folder, tmp_path):
+def authors(hf_folder, tmp_path, family):
     """(base folder, adapter folder, PEFT's model) with the authors' names."""
-    model = with_authors_modules(MambaForCausalLM.from_pretrained(hf_folder))
-    model = trained(model, ["Q_proj", "K_proj", "V_proj", "ret_bias", "dt_proj"])
+    model = with_authors_modules(load_mamba(hf_folder))
+    model = trained(model, ["Q_proj", "K_proj", "V_proj", "ret_bias", *(f"mixer.{name}" for name in FULL[family])])
     model.save_pretrained(tmp_path / "adapter")
     return hf_folder, tmp_path / "adapter", model
 
@@ -66,7 +71,7 @@ def close(actual, expected, tolerance=1e-5):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_untied_merge_is_the_trained_model(authors, tmp_path, kind):
+def test_untied_merge_is_the_trained_model(authors, tmp_path, kind, family):
     base, adapter, model = authors
     if kind == "bin":  # as older versions of PEFT wrote it: without copies of the base's own tables
         tensors = load_file(adapter / "adapter_model.safetensors")
@@ -75,8 +80,9 @@ def test_untied_merge_is_the_trained_model(authors, tmp_path, kind):
         torch.save(tensors, adapter / "adapter_model.bin")
         (adapter / "adapter_model.safetensors").unlink()
     report = convert_checkpoint(str(base), tmp_path / "out", adapter=str(adapter))
-    merged = ReMambaForCausalLM.from_pretrained(tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not report.tied
+    assert type(merged) is PLAIN_FAMILIES[family].model_class
     assert not merged.config.tie_word_embeddings
     assert not torch.equal(merged.lm_head.weight, merged.backbone.embeddings.weight)
     assert close(merged(IDS, compress_prompt=False).logits, model(IDS).logits)
@@ -100,7 +106,7 @@ def test_tied_merge_is_the_authors_merge(authors, tmp_path):
     base, adapter, model = authors
     unmerged = model(IDS).logits
     report = convert_checkpoint(str(base), tmp_path / "out", adapter=str(adapter), merge="tied")
-    merged = ReMambaForCausalLM.from_pretrained(tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert report.tied
     assert merged.lm_head.weight is merged.backbone.embeddings.weight
     authors_merge = model.merge_and_unload()
@@ -113,16 +119,18 @@ def test_tied_merge_is_the_authors_merge(authors, tmp_path):
 @torch.no_grad()
 @pytest.mark.smoke
 @pytest.mark.parametrize("rslora", [False, True])
-def test_adapter_of_this_package(tmp_path, mamba, rslora):
+def test_adapter_of_this_package(tmp_path, mamba, rslora, family):
     """The two-stage logits too, on a base in the original format."""
     folder = write_original(mamba, tmp_path / "original")
-    config = ReMambaConfig(**{k: v for k, v in mamba.config.to_dict().items() if k not in ("model_type", "architectures")})
-    model = ReMambaForCausalLM(config).eval()
+    ours = PLAIN_FAMILIES[family]
+    computed = ("model_type", "architectures", "layer_types")
+    config = ours.config_class(**{k: v for k, v in mamba.config.to_dict().items() if k not in computed})
+    model = ours.model_class(config).eval()
     model.load_state_dict(mamba.state_dict(), strict=False)
-    model = trained(model, ["compressor", "adaptation", "dt_proj"], use_rslora=rslora)
+    model = trained(model, ["compressor", "adaptation", *(f"mixer.{name}" for name in FULL[family])], use_rslora=rslora)
     model.save_pretrained(tmp_path / "adapter")
     convert_checkpoint(str(folder), tmp_path / "out", adapter=str(tmp_path / "adapter"))
-    merged = ReMambaForCausalLM.from_pretrained(tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for options in (TWO_STAGE, {"compress_prompt": False}):
         actual, expected = merged(IDS, **options), model(IDS, **options)
         assert close(actual.logits, expected.logits)
@@ -133,13 +141,30 @@ def test_adapter_of_this_package(tmp_path, mamba, rslora):
 
 
 @torch.no_grad()
-def test_untied_base(tmp_path):
-    base = make_mamba(tied=False)
+def test_step_bias_saved_in_full(tmp_path):
+    """Mamba-2's step bias is a parameter of the mixer itself, which an adapter file can hold under its own name."""
+    base = make_mamba(family="mamba2")
+    base.save_pretrained(tmp_path / "hf")
+    model = trained(with_authors_modules(load_mamba(tmp_path / "hf")), ["ret_bias"])
+    bias = torch.randn_like(base.backbone.layers[1].mixer.dt_bias)
+    model.base_model.model.backbone.layers[1].mixer.dt_bias.copy_(bias)
+    model.save_pretrained(tmp_path / "adapter")
+    name = "base_model.model.backbone.layers.1.mixer.dt_bias"
+    edit_tensors(lambda tensors: tensors.update({name: bias}))(tmp_path / "adapter")
+    convert_checkpoint(str(tmp_path / "hf"), tmp_path / "out", adapter=str(tmp_path / "adapter"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(merged.backbone.layers[1].mixer.dt_bias, bias)
+    assert close(merged(IDS, compress_prompt=False).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def test_untied_base(tmp_path, family):
+    base = make_mamba(tied=False, family=family)
     base.save_pretrained(tmp_path / "hf")
     model = trained(with_authors_modules(base), ["Q_proj", "K_proj", "V_proj", "ret_bias"])
     model.save_pretrained(tmp_path / "adapter")
     convert_checkpoint(str(tmp_path / "hf"), tmp_path / "out", adapter=str(tmp_path / "adapter"))
-    merged = ReMambaForCausalLM.from_pretrained(tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert close(merged(IDS, compress_prompt=False).logits, model(IDS).logits)
     with pytest.raises(CheckpointError, match="tied merge needs"):
         convert_checkpoint(str(tmp_path / "hf"), tmp_path / "tied", adapter=str(tmp_path / "adapter"), merge="tied")
@@ -147,14 +172,14 @@ def test_untied_base(tmp_path):
 
 @torch.no_grad()
 def test_plain_lora_keeps_the_head_tied(hf_folder, tmp_path):
-    model = trained(MambaForCausalLM.from_pretrained(hf_folder), None, target_modules=["x_proj"])
+    model = trained(load_mamba(hf_folder), None, target_modules=["x_proj", "in_proj"])
     model.save_pretrained(tmp_path / "adapter")
     report = convert_checkpoint(
         str(hf_folder), tmp_path / "out", adapter=str(tmp_path / "adapter"), initialize_compressor=True
     )
     assert report.tied
     assert any("UNTRAINED" in note for note in report.notes)
-    merged = ReMambaForCausalLM.from_pretrained(tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert close(merged(IDS, compress_prompt=False).logits, model(IDS).logits)
 
 
@@ -189,7 +214,12 @@ LAYER = "base_model.model.backbone.layers.0.mixer."
         (edit_tensors(lambda t: t.pop(LAYER + "in_proj.lora_A.weight")), {}, "no matching lora_A and lora_B"),
         (edit_tensors(lambda t: t.pop("base_model.model.backbone.Q_proj.0.weight")), {}, "part of the compressor"),
         (edit_tensors(lambda t: t.update({LAYER + "gate.weight": torch.ones(2)})), {}, "gate.weight.*none of that name"),
-        (edit_tensors(lambda t: t.update({LAYER + "dt_proj.bias": torch.ones(2)})), {}, "dt_proj.bias.*shape"),
+        (edit_tensors(lambda t: t.update({LAYER + "conv1d.bias": torch.ones(2)})), {}, "conv1d.bias.*shape"),
+        (
+            edit_tensors(lambda t: t.update({LAYER + "conv1d.lora_A.weight": torch.ones(4, 1, 4)})),
+            {},
+            "convolution.*in full",
+        ),
         (lambda adapter: (adapter / "adapter_config.json").unlink(), {}, "no adapter_config.json"),
         (lambda adapter: (adapter / "adapter_model.safetensors").unlink(), {}, "no weights"),
         (lambda adapter: None, {"initialize_compressor": True}, "brings a trained compressor"),
@@ -204,11 +234,14 @@ def test_broken_adapters(authors, tmp_path, breaking, options, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "hf"]
 
 
-def test_adapter_for_another_size(authors, tmp_path):
+def test_adapter_for_another_base(authors, tmp_path, family):
+    """Of another size, or of the other architecture."""
     _, adapter, _ = authors
-    make_mamba(expand=1).save_pretrained(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="Give the base that the adapter was trained on"):
-        convert_checkpoint(str(tmp_path / "other"), tmp_path / "out", adapter=str(adapter))
+    make_mamba(expand=1, family=family).save_pretrained(tmp_path / "size")
+    make_mamba(family=next(other for other in FULL if other != family)).save_pretrained(tmp_path / "architecture")
+    for other in ("size", "architecture"):
+        with pytest.raises(CheckpointError, match="Give the base that the adapter was trained on"):
+            convert_checkpoint(str(tmp_path / other), tmp_path / "out", adapter=str(adapter))
 
 
 def test_a_wrong_merge_is_caught(authors, tmp_path, monkeypatch):

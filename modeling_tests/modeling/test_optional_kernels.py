@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from modeling_tests.modeling.tiny_models import tiny_model
+from remamba_hf.families import FAMILIES
 from remamba_hf.modeling import optional_kernels
 from remamba_hf.modeling.optional_kernels import KERNELS, load_kernel, usable_kernel, without_kernels
 
@@ -38,10 +39,11 @@ def install(monkeypatch):
 
 
 @pytest.mark.smoke
-def test_a_cpu_forward_touches_no_kernel(monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cpu_forward_touches_no_kernel(monkeypatch, family):
     install(monkeypatch)
     assert all(load_kernel(name)[0] is not None for name in KERNELS)
-    model = tiny_model(torch.float32)
+    model = tiny_model(torch.float32, family=family)
     ids = torch.randint(2, 50, (2, 20))
     model(ids, labels=torch.where(torch.arange(20) < 15, -100, ids)).loss.backward()
     assert model.generate(ids, max_new_tokens=3).shape == (2, 23)
@@ -57,23 +59,31 @@ def test_a_missing_package_is_told(monkeypatch, name):
 
 
 @pytest.mark.parametrize("error", [OSError, RuntimeError, ImportError, AttributeError, SyntaxError])
-def test_a_broken_package_is_told(monkeypatch, tmp_path, error):
-    (tmp_path / "selective_scan_cuda.py").write_text(f"raise {error.__name__}('undefined symbol: _ZN3c10')\n")
+@pytest.mark.parametrize("name", ["selective_scan", "state_space_dual", "causal_convolution"])
+def test_a_broken_package_is_told(monkeypatch, tmp_path, name, error):
+    extension = KERNELS[name].extension
+    (tmp_path / f"{extension}.py").write_text(f"raise {error.__name__}('undefined symbol: _ZN3c10')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "selective_scan_cuda", raising=False)
-    function, reason = load_kernel("selective_scan")
+    monkeypatch.delitem(sys.modules, extension, raising=False)
+    function, reason = load_kernel(name)
     assert function is None
     assert reason.startswith(f"{error.__name__}: ")
     assert "undefined symbol" in reason
 
 
-def test_a_package_without_the_function_is_told(monkeypatch):
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_a_package_without_the_function_is_told(monkeypatch, name):
     install(monkeypatch)
-    kernel = KERNELS["selective_scan"]
+    kernel = KERNELS[name]
     monkeypatch.delattr(sys.modules[kernel.module], kernel.attribute)
-    function, reason = load_kernel("selective_scan")
+    function, reason = load_kernel(name)
     assert function is None
-    assert "selective_scan_fn" in reason
+    assert kernel.attribute in reason
+
+
+@pytest.mark.parametrize("name", sorted({name for family in FAMILIES.values() for name in family.kernels}))
+def test_a_family_names_kernels_that_exist(name):
+    assert name in KERNELS
 
 
 def test_the_cpu_never_asks(monkeypatch):

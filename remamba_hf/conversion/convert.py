@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..checkpoint_files import CheckpointError, copy_tokenizer, locate
-from ..modeling.configuration_remamba import ReMambaConfig
-from ..modeling.modeling_remamba import ReMambaForCausalLM
+from ..families import FAMILIES, Family
 from .lora_adapter import Adapter, check_adapter, insert_full_weights, merge_updates, read_adapter, unmerged
 from .mamba_checkpoints import PlainMamba, read_plain_mamba
 from .output_folder import output_folder, require_space
@@ -58,6 +56,7 @@ def convert_checkpoint(
     source: str,
     output: str | Path,
     *,
+    to: str | None = None,
     revision: str | None = None,
     adapter: str | None = None,
     adapter_revision: str | None = None,
@@ -69,22 +68,23 @@ def convert_checkpoint(
     settings: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> ConversionReport:
-    """Writes a ReMamba checkpoint made from a plain Mamba-1 and, if given, an adapter trained on it.
+    """Writes a ReMamba or ReMamba-2 checkpoint made from a plain Mamba-1 or Mamba-2 and, if given, an adapter trained on it.
 
     The result is verified in float32: before it is written against transformers' Mamba (with an adapter against the
     computation that is not merged), after it is written by loading it. Only then does the folder get its name.
 
     Args:
-        source: local folder or Hub id of a Mamba-1, in transformers' or in the original format.
+        source: local folder or Hub id of a Mamba-1 or Mamba-2, in transformers' or in the original format.
         output: the folder to write; it must not exist.
+        to: `"remamba"` or `"remamba2"`, if only that will do; default: the family of the source's architecture.
         revision, adapter_revision, tokenizer_revision: branch, tag or commit of a Hub repository.
-        adapter: local folder or Hub id of a PEFT adapter of ReMamba.
+        adapter: local folder or Hub id of a PEFT adapter of ReMamba or ReMamba-2.
         merge: `"untied"` equals the trained model; `"tied"` adds what embeddings and head gained to one shared tensor,
             as the authors' merge does.
         initialize_compressor: start Query, Key and Value from layer 0, as the paper does (for training).
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; default: the source's.
         tokenizer: local folder or Hub id to take the tokenizer from; default: the source.
-        settings: `compression_*` and other fields of `ReMambaConfig` to set.
+        settings: `compression_*` and other fields of the family's configuration to set.
         overwrite: replace `output` if it is a checkpoint.
 
     Raises:
@@ -92,7 +92,9 @@ def convert_checkpoint(
         ValueError: settings out of range.
     """
     output = Path(output)
-    _check_arguments(adapter, adapter_revision, merge, initialize_compressor, dtype, tokenizer, tokenizer_revision, settings)
+    _check_arguments(
+        to, adapter, adapter_revision, merge, initialize_compressor, dtype, tokenizer, tokenizer_revision, settings
+    )
     folders = [Path(path) for path in (source, adapter, tokenizer) if path is not None and Path(path).is_dir()]
     with output_folder(output, overwrite, tuple(folders)) as partial:
         source_folder = locate(source, revision)
@@ -102,6 +104,7 @@ def convert_checkpoint(
         if initialize_compressor and update is not None and update.has_compressor:
             raise CheckpointError("The adapter brings a trained compressor: leave out --init-compressor.")
         base = read_plain_mamba(source_folder)
+        _check_base(base, to, initialize_compressor)
         written_dtype = base.dtype if dtype is None else DTYPES[dtype]
         report = ConversionReport(output, base.kind, 0, str(written_dtype).removeprefix("torch."), tied=False)
 
@@ -119,11 +122,12 @@ def convert_checkpoint(
         expected = Reference(two_stage_logits(model.float()), noise=0.0)
         del model
         gc.collect()
-        report.checks["the folder, loaded again"] = _check_written(partial, expected)
+        report.checks["the folder, loaded again"] = _check_written(partial, base.family.model_class, expected)
     return report
 
 
 def _check_arguments(
+    to: str | None,
     adapter: str | None,
     adapter_revision: str | None,
     merge: str,
@@ -136,49 +140,78 @@ def _check_arguments(
     """Everything that can be refused before anything is downloaded or read."""
     if merge not in ("untied", "tied"):
         raise CheckpointError(f"merge must be 'untied' or 'tied', got {merge!r}.")
+    if to is not None and to not in FAMILIES:
+        raise CheckpointError(f"to must be one of {sorted(FAMILIES)}, got {to!r}.")
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}.")
     if adapter is None and (adapter_revision is not None or merge == "tied"):
         raise CheckpointError("An adapter's revision or merge needs an adapter. Name it, or leave these out.")
     if tokenizer is None and tokenizer_revision is not None:
         raise CheckpointError("A tokenizer's revision needs a tokenizer. Name it, or leave the revision out.")
-    ReMambaConfig(**{"num_hidden_layers": 1, **(settings or {})})
+    _check_settings(settings or {}, list(FAMILIES.values()) if to is None else [FAMILIES[to]])
+
+
+def _check_settings(settings: dict[str, Any], families: list[Family]) -> None:
+    """Raises a ValueError unless one of the families can be set so. Their defaults differ."""
+    for family in families:
+        try:
+            family.config_class(**{"num_hidden_layers": 1, **settings})
+            return
+        except ValueError:
+            if family is families[-1]:
+                raise
+
+
+def _check_base(base: PlainMamba, to: str | None, initialize_compressor: bool) -> None:
+    """Everything that can be refused before any weight is computed with."""
+    if to not in (None, base.family.model_type):
+        raise CheckpointError(
+            f"The source is {base.kind}, which becomes {base.family.model_type!r}, not {to!r}. Leave out --to, or give "
+            f"a {FAMILIES[to].plain_name} checkpoint."
+        )
+    expand = base.settings.get("expand", base.family.plain_config_class.expand)
+    if initialize_compressor and expand != 2:
+        raise CheckpointError(f"The paper's start of the compressor needs expand=2, the source has {expand}: leave it out.")
 
 
 def _verified_model(
     base: PlainMamba, adapter: Adapter | None, tied_merge: bool, settings: dict[str, Any], report: ConversionReport
-) -> ReMambaForCausalLM:
+) -> PreTrainedModel:
     """The converted model in float32, its logits checked."""
     tensors = {name: tensor.float() for name, tensor in base.tensors.items()}
     base.tensors.clear()
     config_settings = {**base.settings, **settings}
-    model = _assemble(tensors, config_settings)
-    expected = transformers_reference(base.settings, tensors)
-    report.checks["plain logits against transformers' Mamba"] = require_equal(
-        plain_logits(model), expected, "the logits of transformers' Mamba and of the converted model"
+    model = _assemble(base.family, tensors, config_settings)
+    theirs = f"transformers' {base.family.plain_name}"
+    expected = transformers_reference(base.family, base.settings, tensors)
+    if expected.changed:
+        report.notes.append(f"{theirs} served as reference after a change: {expected.changed}.")
+    report.checks[f"plain logits against {theirs}"] = require_equal(
+        plain_logits(model), expected, f"the logits of {theirs} and of the converted model"
     )
     if adapter is None:
         return model
     report.kind += " with an adapter"
     check_adapter(adapter, parameter_shapes(model))
     del model
-    return _merged_model(tensors, adapter, tied_merge, config_settings, report)
+    return _merged_model(base.family, tensors, adapter, tied_merge, config_settings, report)
 
 
 def _merged_model(
+    family: Family,
     tensors: dict[str, torch.Tensor],
     adapter: Adapter,
     tied_merge: bool,
     settings: dict[str, Any],
     report: ConversionReport,
-) -> ReMambaForCausalLM:
+) -> PreTrainedModel:
     insert_full_weights(tensors, adapter)
-    trained = _assemble(tensors, settings)
+    trained = _assemble(family, tensors, settings)
     with unmerged(trained, adapter, tied_merge):
         expected = {"plain": reference(trained, plain_logits), "two-stage": reference(trained, two_stage_logits)}
     del trained
     merge_updates(tensors, adapter, tied_merge)
-    model = _assemble(tensors, settings)
+    model = _assemble(family, tensors, settings)
     for what, compute in (("plain", plain_logits), ("two-stage", two_stage_logits)):
         if what == "two-stage" and not expected[what].is_decisive:
             report.notes.append(
@@ -192,10 +225,11 @@ def _merged_model(
     return model
 
 
-def _assemble(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> ReMambaForCausalLM:
-    """A ReMamba around the tensors; what they lack of it starts as in a new model, the same at every call."""
+def _assemble(family: Family, tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> PreTrainedModel:
+    """The family's model around the tensors; what they lack of it starts as in a new model, the same at every call."""
     tied = "lm_head.weight" not in tensors
-    model = assign_weights(ReMambaForCausalLM, ReMambaConfig(**{**settings, "tie_word_embeddings": tied}), tensors)
+    config = family.config_class(**{**settings, "tie_word_embeddings": tied})
+    model: PreTrainedModel = assign_weights(family.model_class, config, tensors)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_COMPRESSOR_SEED)
         for module in model.modules():
@@ -205,25 +239,23 @@ def _assemble(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> ReM
     return model
 
 
-def _set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Rounds the parameters, but for those that the model keeps in float32."""
-    kept = ReMambaForCausalLM._keep_in_fp32_modules_strict
+    kept = model._keep_in_fp32_modules_strict or ()
     for name, parameter in model.named_parameters():
         if not any(f".{part}." in f".{name}." for part in kept):
             parameter.data = parameter.data.to(dtype)
 
 
-def _check_written(folder: Path, expected: Reference) -> float:
-    model, info = ReMambaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+def _check_written(folder: Path, model_class: Any, expected: Reference) -> float:
+    model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = {name: keys for name, keys in info.items() if keys}
     if wrong:
         raise CheckpointError(f"Verification failed, nothing was written: the written folder loads with {wrong}.")
     return require_equal(two_stage_logits(model.eval()), expected, "the logits before and after writing")
 
 
-def _start_compressor(
-    model: ReMambaForCausalLM, adapter: Adapter | None, initialize: bool, report: ConversionReport
-) -> None:
+def _start_compressor(model: Any, adapter: Adapter | None, initialize: bool, report: ConversionReport) -> None:
     if adapter is not None and adapter.has_compressor:
         return
     if initialize:

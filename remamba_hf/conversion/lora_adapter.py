@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT adapters of ReMamba: LoRA on projections, embeddings and head, and modules trained in full, under the names of
+"""PEFT adapters of both families: LoRA on projections, embeddings and head, and modules trained in full, under the names of
 the authors' code or of this package.
 
 Training adds LoRA to the embeddings and to the head, which share one tensor in the base. The merge therefore either
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..checkpoint_files import CheckpointError, read_json, read_tensors
 
 EMBEDDINGS, HEAD, COMPRESSOR = "backbone.embeddings", "lm_head", "backbone.compressor."
-# The authors' names of what ReMamba adds to Mamba.
+# The authors' names of what ReMamba and ReMamba-2 add to Mamba.
 _RENAMED = (
     (re.compile(r"(^|\.)Q_proj\."), r"\1compressor.query."),
     (re.compile(r"(^|\.)K_proj\."), r"\1compressor.key."),
@@ -89,6 +89,11 @@ def read_adapter(folder: Path) -> Adapter:
         if match is None:
             full[name] = tensor.float()
             continue
+        if tensor.dim() != 2:
+            raise CheckpointError(
+                f"The adapter has LoRA on the convolution {match['module']}, which nobody merges, PEFT neither. Train it in "
+                "full (modules_to_save)."
+            )
         pair = pairs.setdefault(match["module"], {})
         # PEFT keeps an embedding's pair as A [r, ids], B [size, r], a Linear's as A [r, in], B [out, r].
         embedding = match["embedding"] is not None
@@ -103,7 +108,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise a CheckpointError unless everything in the adapter has its place in a ReMamba of these parameter shapes.
+    """Raise a CheckpointError unless everything in the adapter has its place in a model of these parameter shapes.
 
     Theta is reshaped to the model's where only its shape differs.
     """

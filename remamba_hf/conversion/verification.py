@@ -8,16 +8,17 @@ computation that is the reference in its last bits. A wrong weight makes a diffe
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM
-from transformers.models.mamba import modeling_mamba
+from transformers import PreTrainedModel
 
 from ..checkpoint_files import CheckpointError
-from ..modeling.modeling_remamba import ReMambaForCausalLM
+from ..families import Family
 
 # Largest difference of two logits, relative to the largest logit, that is always allowed and that is never allowed.
 TOLERANCE = 1e-4
@@ -25,6 +26,7 @@ _LARGEST_TOLERANCE = 5e-2
 _NOISE_FACTOR = 10  # of the measured effect of rounding, in between
 _LAST_BIT = 2.0**-23
 _PROBE_ROWS, _PROBE_LENGTH = 2, 24
+_CHUNK = 8  # transformers' Mamba-2 fills up its last chunk, and holds gigabytes for the default of 256
 
 
 def probe_ids(vocab_size: int) -> torch.Tensor:
@@ -33,10 +35,12 @@ def probe_ids(vocab_size: int) -> torch.Tensor:
 
 
 class Reference(NamedTuple):
-    """Logits [2, 24, vocabulary] that a conversion has to reproduce, and what rounding does to them (relative)."""
+    """Logits [2, 24, vocabulary] that a conversion has to reproduce, what rounding does to them (relative), and what had
+    to be changed in the model that they come from."""
 
     logits: torch.Tensor
     noise: float
+    changed: str = ""
 
     @property
     def tolerance(self) -> float:
@@ -65,26 +69,60 @@ def reference(model: nn.Module, logits_of: Callable[[Any], torch.Tensor]) -> Ref
             handle.remove()
 
 
-def transformers_reference(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Reference:
-    """transformers' own Mamba with these float32 tensors, which it does not copy."""
-    return reference(assign_weights(MambaForCausalLM, MambaConfig(**settings), tensors), transformers_logits)
+def transformers_reference(family: Family, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Reference:
+    """transformers' own model of the architecture with these float32 tensors, which it does not copy."""
+    config = family.plain_config_class(**settings)
+    if hasattr(config, "chunk_size"):
+        config.chunk_size = _CHUNK
+    model = assign_weights(family.plain_model_class, config, tensors)
+    changed = ""
+    if _normalizes_groups_as_one(model):
+        for layer in model.backbone.layers:
+            layer.mixer.norm = _GroupedNorm(layer.mixer.norm, config.n_groups)
+        changed = (
+            f"transformers {transformers.__version__} normalises the {config.n_groups} groups of channels as one, which is "
+            "wrong, and right from 5.22 on; its norm was replaced"
+        )
+    return reference(model, transformers_logits)._replace(changed=changed)
+
+
+class _GroupedNorm(nn.Module):
+    """Mamba-2's gated norm with the weight of another: the root mean square norm of x * silu(gate) over each group of
+    channels (arXiv 2405.21060, section 7.2).
+
+    It stands in the reference for the norm of transformers before 5.22, which takes all groups as one.
+    """
+
+    def __init__(self, norm: Any, groups: int):
+        super().__init__()
+        self.weight, self.eps, self.groups = norm.weight, norm.variance_epsilon, groups
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        grouped = (hidden_states * nn.functional.silu(gate)).unflatten(-1, (self.groups, -1))
+        return self.weight * nn.functional.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
+
+
+def _normalizes_groups_as_one(model: PreTrainedModel) -> bool:
+    """Whether this is a Mamba-2 of transformers with several groups and the norm that it had before 5.22."""
+    norm = getattr(model.backbone.layers[0].mixer, "norm", None)
+    return norm is not None and model.config.n_groups > 1 and not hasattr(norm, "group_size")
 
 
 @torch.inference_mode()
-def transformers_logits(model: MambaForCausalLM) -> torch.Tensor:
-    """Logits of transformers' Mamba [2, 24, vocabulary]."""
-    with _torch_operators():
+def transformers_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of transformers' model [2, 24, vocabulary]."""
+    with _torch_operators(sys.modules[type(model).__module__]):
         return model(probe_ids(model.config.vocab_size), use_cache=False).logits
 
 
 @torch.inference_mode()
-def plain_logits(model: ReMambaForCausalLM) -> torch.Tensor:
+def plain_logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits of one plain pass [2, 24, vocabulary]."""
     return model(probe_ids(model.config.vocab_size), compress_prompt=False, use_cache=False).logits
 
 
 @torch.inference_mode()
-def two_stage_logits(model: ReMambaForCausalLM) -> torch.Tensor:
+def two_stage_logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits of the two passes [2, 24, vocabulary] with a whole window kept, so that rounding cannot change what is."""
     return model(
         probe_ids(model.config.vocab_size),
@@ -127,22 +165,22 @@ def assign_weights(model_class: Any, config: Any, tensors: dict[str, torch.Tenso
 
 
 @contextlib.contextmanager
-def _torch_operators() -> Iterator[None]:
-    """Lets transformers' Mamba run on the CPU where mamba-ssm is installed, whose kernels it would call there too."""
+def _torch_operators(modeling: Any) -> Iterator[None]:
+    """Lets a Mamba of transformers run on the CPU where mamba-ssm is installed, whose kernels it would call there too."""
     functions = {
         name: function
-        for name, function in vars(modeling_mamba).items()
+        for name, function in vars(modeling).items()
         if inspect.isfunction(function)
         and inspect.unwrap(function) is not function
-        and name.startswith(("mamba_", "causal_"))
+        and name.startswith(("mamba_", "mamba2_", "causal_"))
     }
     for name, function in functions.items():
-        setattr(modeling_mamba, name, inspect.unwrap(function))
+        setattr(modeling, name, inspect.unwrap(function))
     try:
         yield
     finally:
         for name, function in functions.items():
-            setattr(modeling_mamba, name, function)
+            setattr(modeling, name, function)
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import remamba_hf
-from remamba_hf import ReMambaForCausalLM
+from remamba_hf.families import FAMILIES, PLAIN_FAMILIES, Family
 from remamba_hf.reading import PrefillWatch, watch_prefill
 from remamba_hf.training.book_tokens import encode_books, list_books, write_json
 from remamba_hf.training.recall_data import RecallSample, RecallSampler
@@ -33,9 +33,9 @@ from remamba_hf.training.recall_data import RecallSample, RecallSampler
 CPU_CHUNK_LENGTH = 4096
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 VARIANTS = {
-    "compressed": "ReMamba, compression on",
-    "uncompressed": "ReMamba, compression off",
-    "plain": "plain Mamba, same data",
+    "compressed": "{family}, compression on",
+    "uncompressed": "{family}, compression off",
+    "plain": "plain {plain}, same data",
 }
 
 
@@ -76,7 +76,7 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
 
 @torch.no_grad()
 def answer(
-    model: ReMambaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[RecallSample],
     compress: bool,
@@ -112,7 +112,7 @@ def kept_digits(prefill: PrefillWatch, row: int, sample: RecallSample) -> float:
 
 
 def recall_cell(
-    model: ReMambaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sampler: RecallSampler,
     length: int,
@@ -150,7 +150,7 @@ def recall_cell(
 
 @torch.no_grad()
 def text_perplexity(
-    model: ReMambaForCausalLM, tokens: np.ndarray, length: int, counted: int, samples: int, seed: int, longest: int
+    model: PreTrainedModel, tokens: np.ndarray, length: int, counted: int, samples: int, seed: int, longest: int
 ) -> float:
     """Perplexity of the last `counted` tokens of texts of `length` tokens, without compression.
 
@@ -179,7 +179,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def evaluate(
-    models: dict[str, tuple[Callable[[], ReMambaForCausalLM], bool]],
+    models: dict[str, tuple[Callable[[], PreTrainedModel], bool]],
     tokenizer: PreTrainedTokenizerBase,
     tokens: np.ndarray,
     settings: RecallSettings,
@@ -226,7 +226,7 @@ def evaluate(
 
 
 def _fill_perplexity(
-    models: dict[str, tuple[Callable[[], ReMambaForCausalLM], bool]],
+    models: dict[str, tuple[Callable[[], PreTrainedModel], bool]],
     tokens: np.ndarray,
     settings: RecallSettings,
     results: dict[str, Any],
@@ -263,7 +263,8 @@ def markdown_table(results: dict[str, Any]) -> str:
     text = head.format("exact match, %") + _rows(results, lengths)
     for name, inside in (("in the window", True), ("behind the window", False)):
         rows = _rows(results, lengths, inside, ("compressed",))
-        text += rows.replace(VARIANTS["compressed"], f"{VARIANTS['compressed']}, fact {name}")
+        label = _label(results, "compressed")
+        text += rows.replace(label, f"{label}, fact {name}")
     kept = {cell["length"]: cell["digits_kept"] for cell in results["cells"] if cell["variant"] == "compressed"}
     if kept:
         text += "| digits kept, % | " + " | ".join(_percent(kept.get(length)) for length in lengths) + " |\n"
@@ -274,7 +275,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         text += "\n" + head.format("perplexity")
     for variant, values in by_variant.items():
         shown = (f"{values[length]:.1f}" if length in values else "" for length in lengths)
-        text += f"| {VARIANTS.get(variant, variant)} | " + " | ".join(shown) + " |\n"
+        text += f"| {_label(results, variant)} | " + " | ".join(shown) + " |\n"
     return text
 
 
@@ -286,6 +287,11 @@ def depth_table(results: dict[str, Any], variant: str = "compressed") -> str:
         shown = (_percent(None if math.isnan(value) else value) for value in row)
         text += f"| {tenth * 10}-{tenth * 10 + 10} % | " + " | ".join(shown) + " |\n"
     return text
+
+
+def _label(results: dict[str, Any], variant: str) -> str:
+    family = FAMILIES[results.get("description", {}).get("family", "remamba")]
+    return VARIANTS.get(variant, variant).format(family=family.name, plain=family.plain_name)
 
 
 def _rows(
@@ -305,7 +311,7 @@ def _rows(
             low, high = summary["interval"]
             empty = not summary["samples"]
             shown.append("" if empty else f"{_percent(summary['accuracy'])} ({_percent(low)}-{_percent(high)})")
-        text += f"| {VARIANTS.get(variant, variant)} | " + " | ".join(shown) + " |\n"
+        text += f"| {_label(results, variant)} | " + " | ".join(shown) + " |\n"
     return text
 
 
@@ -336,7 +342,7 @@ def plot_lengths(results: dict[str, Any], path: str | Path) -> None:
     for variant in dict.fromkeys(cell["variant"] for cell in results["cells"]):
         cells = sorted((cell for cell in results["cells"] if cell["variant"] == variant), key=lambda cell: cell["length"])
         lengths = [cell["length"] for cell in cells]
-        axes.plot(lengths, [cell["accuracy"] for cell in cells], marker="o", label=VARIANTS.get(variant, variant))
+        axes.plot(lengths, [cell["accuracy"] for cell in cells], marker="o", label=_label(results, variant))
         low, high = zip(*(cell["interval"] for cell in cells), strict=True)
         axes.fill_between(lengths, low, high, alpha=0.15)
     axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="prompt, tokens", ylabel="exact match")
@@ -353,7 +359,7 @@ def plot_depths(results: dict[str, Any], path: str | Path, variant: str = "compr
     image = axes.imshow(_accuracy_by_depth(results, variant), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(results["settings"]["lengths"])), [_short(n) for n in results["settings"]["lengths"]])
     axes.set_yticks(range(10), [f"{10 * tenth}-{10 * tenth + 10} %" for tenth in range(10)])
-    axes.set(xlabel="prompt, tokens", ylabel="depth of the fact", title=VARIANTS.get(variant, variant))
+    axes.set(xlabel="prompt, tokens", ylabel="depth of the fact", title=_label(results, variant))
     figure.colorbar(image, label="exact match")
     _save_figure(figure, path)
 
@@ -375,13 +381,22 @@ def _save_figure(figure: Any, path: str | Path) -> None:
     temporary.replace(path)
 
 
-def _loader(folder: str, device: str, cache: dict[str, ReMambaForCausalLM]) -> Callable[[], ReMambaForCausalLM]:
+def _family(folder: str) -> Family:
+    """The family of a checkpoint; a plain one is read by the family that extends it."""
+    kind = AutoConfig.from_pretrained(folder).model_type
+    family = FAMILIES.get(kind) or PLAIN_FAMILIES.get(kind)
+    if family is None:
+        raise ValueError(f"{folder} is a {kind!r} model. Give one of {sorted((*FAMILIES, *PLAIN_FAMILIES))}.")
+    return family
+
+
+def _loader(folder: str, device: str, cache: dict[str, PreTrainedModel]) -> Callable[[], PreTrainedModel]:
     """Loads a model when it is first asked for, in bf16 on a GPU and fp32 elsewhere."""
 
-    def load() -> ReMambaForCausalLM:
+    def load() -> PreTrainedModel:
         if folder not in cache:
             dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-            cache[folder] = ReMambaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+            cache[folder] = _family(folder).model_class.from_pretrained(folder, dtype=dtype).to(device).eval()
         return cache[folder]
 
     return load
@@ -389,8 +404,8 @@ def _loader(folder: str, device: str, cache: dict[str, ReMambaForCausalLM]) -> C
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a ReMamba")
-    parser.add_argument("--plain-model", help="folder or Hub id of a plain Mamba of the same tokenizer, to compare with")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a ReMamba or ReMamba-2")
+    parser.add_argument("--plain-model", help="folder or Hub id of a plain model of the same tokenizer, to compare with")
     parser.add_argument("--books", required=True, help="folder of .txt books that the models were not trained on")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--plots", type=Path, help="folder for the two plots")
@@ -425,7 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     paths = list_books(options.books)
     tokens = encode_books(paths, tokenizer, seed=None)
-    cache: dict[str, ReMambaForCausalLM] = {}
+    cache: dict[str, PreTrainedModel] = {}
     models = {"compressed": (_loader(options.model, options.device, cache), True)}
     if not options.only_compressed:
         models["uncompressed"] = (_loader(options.model, options.device, cache), False)
@@ -433,6 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         models["plain"] = (_loader(options.plain_model, options.device, cache), False)
     names = ("compression_start", "compression_span", "compression_ratio", "compression_max_kept")
     description = {
+        "family": config.model_type,
         "books": [path.name for path in paths],
         "tokens": len(tokens),
         "model_settings": {name: getattr(config, name) for name in names},

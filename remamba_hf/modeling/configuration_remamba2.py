@@ -24,7 +24,13 @@ class ReMamba2Config(CompressionSettings, Mamba2Config):
     compression_ratio: float = 0.05
 
     def __post_init__(self, **kwargs: Any) -> None:
+        inner = kwargs.pop("intermediate_size", self.intermediate_size)  # some checkpoints write what the heads imply
         super().__post_init__(**kwargs)
+        if not self.expand * self.hidden_size == self.intermediate_size == inner:
+            raise ValueError(
+                f"num_heads * head_dim is {self.intermediate_size}, expand * hidden_size {self.expand * self.hidden_size}, "
+                f"intermediate_size {inner}: all three must be equal."
+            )
         if self.num_heads % self.n_groups:
             raise ValueError(
                 f"num_heads={self.num_heads} is no multiple of n_groups={self.n_groups}: every group serves as many heads."

@@ -166,7 +166,7 @@ def _dual_torch(
     x, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
     state = x.new_zeros(batch, heads, channels, B.shape[3]) if initial_state is None else initial_state.to(dtype)
     budget = _MASK_ELEMENTS.get(x.device.type, _MASK_ELEMENTS["cuda"])
-    segment = _CHUNK * max(1, budget // (batch * heads * _CHUNK * _CHUNK))
+    segment = _CHUNK * max(1, budget // max(batch * heads * _CHUNK * _CHUNK, 1))
     before = None if runs is None else torch.zeros_like(runs[:, 0])
     outputs = []
     with without_autocast(x):
@@ -246,6 +246,9 @@ def _kernel_is_exact_enough(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
+_LARGEST_GRID = 65_535  # blocks along CUDA's second axis
+
+
 class _Operands(NamedTuple):
     """What the kernels read along the rows and tokens, and `initial_state` and `runs`, which may be None."""
 
@@ -291,16 +294,24 @@ def _dual_cuda(
 
 
 def _overflows(operands: _Operands, chunk_size: int) -> bool:
-    """Whether the kernels' 32-bit offsets do not reach all of what they are given, with its strides, or allocate."""
+    """Whether the kernels' 32-bit offsets do not reach all of what they are given, with its strides, or allocate, or their
+    grid of blocks is more than CUDA launches."""
     x, B = operands.x, operands.B
     batch, length, heads, channels = x.shape
     groups, size = B.shape[2:]
-    given = operands[:4]
-    # A token's share of the outputs, of the chunks' states and of C B^T; chunks are allocated whole.
-    a_token = max(heads * channels, -(-heads * channels * size // chunk_size), groups * chunk_size)
-    allocated = batch * (length + chunk_size) * a_token
-    reached = max((batch - 1) * tensor.stride(0) + length * tensor.stride(1) for tensor in given)
-    return max(allocated, reached) >= 2**31
+    chunks = batch * -(-length // chunk_size)
+    # A chunk of the outputs, of the states, of C B^T, and of what the backward pass adds up over blocks of 32 tokens.
+    a_chunk = max(
+        chunk_size * heads * channels,
+        heads * channels * size,
+        groups * chunk_size * chunk_size,
+        heads * chunk_size * -(-chunk_size // 32),
+    )
+    reached = max(
+        sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        for tensor in operands[:4]
+    )
+    return chunks > _LARGEST_GRID or max(chunks * a_chunk, reached) >= 2**31
 
 
 def _dual_by_halves(
