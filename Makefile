@@ -67,6 +67,7 @@ format: $(DEV_READY)
 
 bench: $(DEV_READY)
 	$(VENV)/bin/python benchmarks/cpu_prefill.py
+	$(VENV)/bin/python benchmarks/cpu_prefill.py --family remamba2
 
 clean:
 	rm -rf .venv .venv-oldest .cache .pytest_cache .mypy_cache .ruff_cache build *.egg-info
