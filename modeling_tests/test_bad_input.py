@@ -5,10 +5,11 @@ import re
 
 import pytest
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCausalLM
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from modeling_tests.modeling.tiny_models import random_rows, tiny_config, tiny_model
-from remamba_hf import ReMambaForCausalLM
+from remamba_hf import ReMamba2Config
+from remamba_hf.families import FAMILIES
 
 IDS = torch.stack(random_rows([20, 20]))
 MASK = torch.ones_like(IDS)
@@ -16,9 +17,14 @@ NO_SECOND_ROW = torch.stack([MASK[0], torch.zeros_like(MASK[0])])
 LABELS = torch.where(torch.arange(20) < 15, -100, IDS)
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model(torch.float32)
+def model(family):
+    return tiny_model(torch.float32, family=family)
 
 
 def filled_cache(model):
@@ -56,6 +62,20 @@ CONFIGURATIONS = [
     (dict(train_compression_ratio=(0.0, 0.3)), "train_compression.*compression_ratio"),
     (dict(train_compression_start=(0.0, 0.9)), "train_compression.*at most 1"),
     (dict(hidden_act="gelu"), "hidden_act.*silu"),
+]
+
+REMAMBA2_CONFIGURATIONS = [
+    (dict(n_groups=3), "num_heads=4.*no multiple of n_groups=3"),
+    (dict(num_heads=8), "num_heads.*head_dim.*64.*expand.*hidden_size.*32"),
+    (dict(expand=4), "num_heads.*head_dim.*32.*expand.*hidden_size.*64"),
+    (dict(num_heads=0), "num_heads"),
+    (dict(head_dim=0), "head_dim"),
+    *((dict([(name, 0)]), f"{name}.*at least 1") for name in ("n_groups", "state_size", "chunk_size")),
+    (dict(time_step_limit=(0.1,)), "time_step_limit.*(low, high).*(0.1,)"),
+    (dict(time_step_limit=(0.0, 0.1, 0.2)), "time_step_limit.*(low, high).*0.2"),
+    (dict(time_step_limit=(0.2, 0.1)), "time_step_limit.*low <= high.*(0.2, 0.1)"),
+    (dict(time_step_limit=(-0.1, 0.1)), "time_step_limit.*0 <= low.*-0.1"),
+    (dict(time_step_limit=[0.0, float("nan")]), "time_step_limit.*(low, high).*nan"),
 ]
 
 CALLS = [
@@ -123,9 +143,15 @@ def names(cases):
 
 
 @pytest.mark.parametrize(("given", "words"), CONFIGURATIONS, ids=names(CONFIGURATIONS))
-def test_configurations(given, words):
+def test_configurations(family, given, words):
     with pytest.raises(ValueError, match=matching(words)):
-        tiny_config(**{**dict(train_compression_span=(0.1, 0.3)), **given})
+        tiny_config(family, **{**dict(train_compression_span=(0.1, 0.3)), **given})
+
+
+@pytest.mark.parametrize(("given", "words"), REMAMBA2_CONFIGURATIONS, ids=names(REMAMBA2_CONFIGURATIONS))
+def test_configurations_of_heads_and_steps(given, words):
+    with pytest.raises(ValueError, match=matching(words)):
+        ReMamba2Config(**{**dict(hidden_size=16, num_heads=4, head_dim=8, n_groups=2, state_size=4), **given})
 
 
 @pytest.mark.smoke
@@ -150,12 +176,12 @@ def test_generations(model, given, words):
 
 def test_assisted_decoding(model):
     with pytest.raises(ValueError, match=matching("assistant_model.*rolled back.*Leave")):
-        model.generate(IDS, assistant_model=tiny_model(torch.float32), max_new_tokens=2)
+        model.generate(IDS, assistant_model=model, max_new_tokens=2)
 
 
-def test_modes_of_the_models_own_configuration():
+def test_modes_of_the_models_own_configuration(family):
     """transformers' words, but no silence either."""
-    model = tiny_model(torch.float32)
+    model = tiny_model(torch.float32, family=family)
     for name, value in (("prompt_lookup_num_tokens", 3), ("prefill_chunk_size", 8), ("guidance_scale", 1.5)):
         setattr(model.generation_config, name, value)
         with pytest.raises(ValueError):
@@ -184,43 +210,54 @@ def test_an_empty_cache_may_be_compressed_into(model):
     assert model.generate(IDS, past_key_values=cache, compress_prompt=True, max_new_tokens=2).shape == (2, 22)
 
 
-def test_initialize_compressor_of_another_width():
+def test_initialize_compressor_of_another_width(family):
     with pytest.raises(ValueError, match=matching("expand=2.*expand=1")):
-        tiny_model(expand=1).initialize_compressor()
+        tiny_model(family=family, expand=1).initialize_compressor()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "mamba2"])
-def test_a_checkpoint_of_another_kind(tmp_path, kind):
-    if kind == "gpt2":
-        other = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0))
-    else:
-        settings = dict(num_hidden_layers=1, hidden_size=16, head_dim=8, num_heads=4, n_groups=1, state_size=4)
-        other = Mamba2ForCausalLM(Mamba2Config(vocab_size=50, **settings))
-    other.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=kind):
-        ReMambaForCausalLM.from_pretrained(tmp_path)
+def other_kinds(family):
+    """A model of another architecture, and the other family's, plain and two-stage."""
+    yield GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0))
+    for name, other in FAMILIES.items():
+        if name != family:
+            yield tiny_model(torch.float32, family=name)
+            own = {} if name == "remamba" else dict(num_heads=4, head_dim=8, n_groups=1)
+            yield other.plain_model_class(
+                other.plain_config_class(vocab_size=50, hidden_size=16, num_hidden_layers=1, **own)
+            )
+
+
+def test_a_checkpoint_of_another_kind(family, tmp_path):
+    refused = []
+    for other in other_kinds(family):
+        kind = other.config.model_type
+        other.save_pretrained(tmp_path / kind)
+        with pytest.raises(ValueError, match=matching(f"'{kind}'.*AutoModelForCausalLM.*'{family}'")):
+            FAMILIES[family].model_class.from_pretrained(tmp_path / kind)
+        refused.append(kind)
+    assert refused == ["gpt2", *(["remamba2", "mamba2"] if family == "remamba" else ["remamba", "mamba"])]
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
-def test_a_truncated_checkpoint(tmp_path, kept):
-    tiny_model(torch.float32).save_pretrained(tmp_path)
+def test_a_truncated_checkpoint(model, family, tmp_path, kept):
+    model.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: int(len(data) * kept)])
     with pytest.raises(OSError, match=r"damaged or cut off.*Get the files again"):
-        ReMambaForCausalLM.from_pretrained(tmp_path)
+        FAMILIES[family].model_class.from_pretrained(tmp_path)
 
 
-def test_a_file_in_the_place_of_the_folder(tmp_path):
+def test_a_file_in_the_place_of_the_folder(model, tmp_path):
     (tmp_path / "taken").write_text("something else")
     with pytest.raises(FileExistsError, match="taken is a file"):
-        tiny_model(torch.float32).save_pretrained(tmp_path / "taken")
+        model.save_pretrained(tmp_path / "taken")
     assert (tmp_path / "taken").read_text() == "something else"
 
 
 @pytest.mark.parametrize("mode", [{}, dict(do_sample=True), dict(num_beams=2)], ids=str)
-def test_weights_that_are_not_finite(mode):
-    model = tiny_model(torch.float32)
+def test_weights_that_are_not_finite(family, mode):
+    model = tiny_model(torch.float32, family=family)
     with torch.no_grad():
         model.backbone.layers[0].mixer.in_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="finite"):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from .selective_compression import check_settings
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)  # transformers' own shows every setting
 class CompressionSettings:
     r"""Settings of selective compression (arXiv 2408.15496, section 3), mixed into a configuration of transformers.
 
@@ -77,7 +77,9 @@ class CompressionSettings:
                 f"This checkpoint is a {kind!r} model, not {cls.family}. Load it with AutoModelForCausalLM, or give a "
                 f"checkpoint of type {cls.plain_model_type!r} or {cls.model_type!r}."
             )
-        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        check_settings(result[0] if isinstance(result, tuple) else result)  # with what was given for this load
+        return result
 
     def __post_init__(self, **kwargs: Any) -> None:
         modeling, prefix = f"modeling_{self.model_type}", self.class_prefix

@@ -10,6 +10,7 @@ Shapes: `B` rows, `L` positions of a pass, `H` hidden size, `E` inner size, `N` 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
@@ -50,7 +51,7 @@ class ReMambaMixer(TwoStageMixer):
         self.x_proj = nn.Linear(inner, rank + 2 * size, bias=False)
         self.dt_proj = StepProjection(rank, inner, bias=True)
         self.adaptation = StepAdaptation(inner)
-        self.A_log = nn.Parameter(torch.log(torch.arange(1, size + 1, dtype=torch.float32)).repeat(inner, 1))
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, size + 1)).repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
         self.split_sizes = [rank, size, size]
@@ -137,7 +138,7 @@ class ReMambaModel(TwoStageModel, ReMambaPreTrainedModel):
     block_class = ReMambaBlock
 
 
-class ReMambaForCausalLM(TwoStageForCausalLM, ReMambaPreTrainedModel):
+class ReMambaForCausalLM(TwoStageForCausalLM, ReMambaPreTrainedModel, GenerationMixin):
     """ReMamba with a language modeling head."""
 
     config_class = ReMambaConfig

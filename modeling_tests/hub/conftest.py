@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from remamba_hf import ReMambaConfig, ReMambaForCausalLM
+from remamba_hf.families import FAMILIES
 from remamba_hf.training.book_tokens import train_book_tokenizer
 
 # In a clean process the package is hidden even where it is installed, and no connection can be made but to `ALLOWED` hosts.
@@ -50,9 +51,21 @@ def run(model, ids):
 """
 
 
-def make_model(tied: bool = True, seed: int = 0) -> ReMambaForCausalLM:
+# What a checkpoint has of its own beyond the settings that both families share.
+FAMILY_SETTINGS = {
+    "remamba": {},
+    "remamba2": dict(num_heads=4, head_dim=16, n_groups=2, chunk_size=16, time_step_limit=(0.001, float("inf"))),
+}
+# Parameters that stay in float32 in a half precision model, by the ends of their names.
+FLOAT32 = {
+    "remamba": ("A_log", "D", "dt_proj.bias", "adaptation.bias"),
+    "remamba2": ("A_log", "D", "dt_bias", "adaptation.bias"),
+}
+
+
+def make_model(family: str = "remamba", tied: bool = True, seed: int = 0, **settings: Any) -> Any:
     torch.manual_seed(seed)
-    config = ReMambaConfig(
+    shared = dict(
         vocab_size=300,
         hidden_size=32,
         num_hidden_layers=2,
@@ -62,12 +75,18 @@ def make_model(tied: bool = True, seed: int = 0) -> ReMambaForCausalLM:
         tie_word_embeddings=tied,
         a_key_of_the_user="kept",
     )
-    model = ReMambaForCausalLM(config).eval()
+    config = FAMILIES[family].config_class(**{**shared, **FAMILY_SETTINGS[family], **settings})
+    model = FAMILIES[family].model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.generation_config.eos_token_id = None
     return model
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -10,32 +10,39 @@ import torch
 from safetensors.torch import save_file
 from transformers import MambaConfig, MambaForCausalLM
 
+from remamba_hf.families import FAMILIES
+
 from .conftest import make_model
 from .hub_server import TOKEN, Blob, HubServer
 
-REPO = "somebody/remamba-test"
+REPOS = {family: f"somebody/{family}-test" for family in FAMILIES}
 ORIGINAL = "state-spaces/mamba-test"
 PUSH = """
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer
 from remamba_hf import ReMambaForCausalLM
 from remamba_hf.cli import main
-try:
-    ReMambaForCausalLM.from_pretrained(FIRST).push_to_hub(REPO, token="hf_of_somebody_else")
-except HfHubHTTPError as error:
-    assert error.response.status_code == 401
-else:
-    raise AssertionError("pushed with a wrong token")
+from remamba_hf.families import FAMILIES
+for family, repo in REPOS.items():
+    load = FAMILIES[family].model_class.from_pretrained
+    try:
+        load(FOLDERS[family]["first"]).push_to_hub(repo, token="hf_of_somebody_else")
+    except HfHubHTTPError as error:
+        assert error.response.status_code == 401
+    else:
+        raise AssertionError("pushed with a wrong token")
 
-AutoTokenizer.from_pretrained(FIRST).push_to_hub(REPO, token=TOKEN)
-first = ReMambaForCausalLM.from_pretrained(FIRST).push_to_hub(REPO, token=TOKEN, commit_message="first")
-RESULTS["first"] = first.oid
-second = ReMambaForCausalLM.from_pretrained(SECOND)
-RESULTS["second"] = second.push_to_hub(REPO, token=TOKEN, revision="next").oid
-second.push_to_hub(REPO + "-shards", token=TOKEN, max_shard_size="20KB")
+    AutoTokenizer.from_pretrained(FOLDERS[family]["first"]).push_to_hub(repo, token=TOKEN)
+    first = load(FOLDERS[family]["first"]).push_to_hub(repo, token=TOKEN, commit_message="first")
+    second = load(FOLDERS[family]["second"])
+    next = second.push_to_hub(repo, token=TOKEN, revision="next")
+    second.push_to_hub(repo + "-shards", token=TOKEN, max_shard_size="20KB")
+    RESULTS[family] = {"first": first.oid, "second": next.oid}
 
+REPO = REPOS["remamba"]
+first_commit = RESULTS["remamba"]["first"]
 prompt = ["--prompt", "a single man", "--max-new-tokens", "3"]
-assert main(["generate", "--model", REPO, "--revision", first.oid, *prompt]) == 0
+assert main(["generate", "--model", REPO, "--revision", first_commit, *prompt]) == 0
 assert main(["generate", "--model", REPO, "--revision", "no-such-branch", *prompt]) == 1
 assert main(["generate", "--model", "somebody/else", *prompt]) == 1
 assert main(["convert", REPO, "twice", "--revision", "next"]) == 1
@@ -49,10 +56,11 @@ for name, (repo, revision) in PULLS.items():
     assert type(model).__module__.startswith("transformers_modules"), type(model)
     for key, value in run(model, ids).items():
         RESULTS[f"{name}.{key}"] = value
-tokenizer = AutoTokenizer.from_pretrained(REPO)
-RESULTS["tokens"] = tokenizer("a single man")["input_ids"]
-text = pipeline("text-generation", REPO, trust_remote_code=True)("a single man", max_new_tokens=3, do_sample=False)
-RESULTS["text"] = text[0]["generated_text"]
+for family, repo in REPOS.items():
+    tokenizer = AutoTokenizer.from_pretrained(repo)
+    RESULTS[f"{family}.tokens"] = tokenizer("a single man")["input_ids"]
+    text = pipeline("text-generation", repo, trust_remote_code=True)("a single man", max_new_tokens=3, do_sample=False)
+    RESULTS[f"{family}.text"] = text[0]["generated_text"]
 """
 
 
@@ -71,43 +79,50 @@ def original_mamba() -> dict[str, Blob]:
 
 @pytest.mark.smoke
 def test_push_and_pull(tmp_path, python, tokenizer, input_ids):
-    models = {"first": make_model(seed=1), "second": make_model(tied=False, seed=2)}
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+    models = {
+        family: {"first": make_model(family, seed=1), "second": make_model(family, tied=False, seed=2)}
+        for family in FAMILIES
+    }
+    for family, versions in models.items():
+        for name, model in versions.items():
+            model.save_pretrained(tmp_path / family / name)
+            tokenizer.save_pretrained(tmp_path / family / name)
     save_file({"ids": input_ids}, tmp_path / "ids.safetensors")
-    folders = {"FIRST": str(tmp_path / "first"), "SECOND": str(tmp_path / "second")}
+    folders = {family: {name: str(tmp_path / family / name) for name in models[family]} for family in FAMILIES}
     with HubServer() as hub:
         hub.add(ORIGINAL, original_mamba())
-        pushed = python(PUSH, endpoint=hub.endpoint, package=True, REPO=REPO, ORIGINAL=ORIGINAL, TOKEN=TOKEN, **folders)
+        values = {"ORIGINAL": ORIGINAL, "TOKEN": TOKEN, "REPOS": REPOS, "FOLDERS": folders}
+        pushed = python(PUSH, endpoint=hub.endpoint, package=True, **values)
         assert not any("optimizer.bin" in path for _, path in hub.requests)
-        repository = hub.repositories[REPO]
-        assert set(pushed.values()) <= set(repository.commits)
-        assert repository.branches["next"] == pushed["second"]
-        main = repository.commits[repository.branches["main"]]
-        assert {"config.json", "model.safetensors", "modeling_remamba.py", "tokenizer.json"} <= set(main)
-        assert main["model.safetensors"].large
-        local = hashlib.sha256((tmp_path / "first" / "modeling_remamba.py").read_bytes()).hexdigest()
-        assert main["modeling_remamba.py"].sha256 == local
+        pulls = {}
+        for family, repo in REPOS.items():
+            repository = hub.repositories[repo]
+            assert set(pushed[family].values()) <= set(repository.commits)
+            assert repository.branches["next"] == pushed[family]["second"]
+            main = repository.commits[repository.branches["main"]]
+            code = f"modeling_{family}.py"
+            assert {"config.json", "model.safetensors", code, "tokenizer.json"} <= set(main)
+            assert main["model.safetensors"].large
+            local = hashlib.sha256((tmp_path / family / "first" / code).read_bytes()).hexdigest()
+            assert main[code].sha256 == local
+            pulls |= {
+                f"{family} main": (repo, None),
+                f"{family} commit": (repo, pushed[family]["first"]),
+                f"{family} branch": (repo, "next"),
+                f"{family} second commit": (repo, pushed[family]["second"]),
+                f"{family} shards": (f"{repo}-shards", None),
+            }
 
-        pulls = {
-            "main": (REPO, None),
-            "commit": (REPO, pushed["first"]),
-            "branch": (REPO, "next"),
-            "second commit": (REPO, pushed["second"]),
-            "shards": (f"{REPO}-shards", None),
-        }
-        values = {"REPO": REPO, "PULLS": pulls, "IDS": str(tmp_path / "ids.safetensors")}
         hub.requests.clear()
+        values = {"REPOS": REPOS, "PULLS": pulls, "IDS": str(tmp_path / "ids.safetensors")}
         results = python(PULL, endpoint=hub.endpoint, **values)
         assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
-        expected = {}
-        for name, model in models.items():
-            with torch.no_grad():
-                expected[name] = model(input_ids, compress_prompt=True).logits
-        for name in pulls:
-            source = "first" if name in ("main", "commit") else "second"
-            torch.testing.assert_close(results[f"{name}.logits"], expected[source], rtol=1e-5, atol=1e-6)
+    for family, versions in models.items():
+        with torch.no_grad():
+            expected = {name: model(input_ids, compress_prompt=True).logits for name, model in versions.items()}
+        for pull in ("main", "commit", "branch", "second commit", "shards"):
+            source = "first" if pull in ("main", "commit") else "second"
+            torch.testing.assert_close(results[f"{family} {pull}.logits"], expected[source], rtol=1e-5, atol=1e-6)
         assert not torch.allclose(expected["first"], expected["second"], atol=1e-2)
-        assert results["tokens"] == tokenizer("a single man")["input_ids"]
-        assert results["text"].startswith("a single man")
+        assert results[f"{family}.tokens"] == tokenizer("a single man")["input_ids"]
+        assert results[f"{family}.text"].startswith("a single man")

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A saved folder is all that a process without this package needs, and saving it again keeps it so."""
 
+import ast
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -10,18 +13,37 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
 import remamba_hf
-from remamba_hf import ReMambaForCausalLM, ReMambaModel
+from remamba_hf.families import FAMILIES
 
-from .conftest import make_model
+from .conftest import FLOAT32, make_model
 
+MODELING = Path(remamba_hf.__file__).parent / "modeling"
 AUTO_MAP = {
-    "AutoConfig": "configuration_remamba.ReMambaConfig",
-    "AutoModel": "modeling_remamba.ReMambaModel",
-    "AutoModelForCausalLM": "modeling_remamba.ReMambaForCausalLM",
+    "remamba": {
+        "AutoConfig": "configuration_remamba.ReMambaConfig",
+        "AutoModel": "modeling_remamba.ReMambaModel",
+        "AutoModelForCausalLM": "modeling_remamba.ReMambaForCausalLM",
+    },
+    "remamba2": {
+        "AutoConfig": "configuration_remamba2.ReMamba2Config",
+        "AutoModel": "modeling_remamba2.ReMamba2Model",
+        "AutoModelForCausalLM": "modeling_remamba2.ReMamba2ForCausalLM",
+    },
 }
-CODE = sorted(path.name for path in (Path(remamba_hf.__file__).parent / "modeling").glob("*.py"))
-CODE.remove("__init__.py")
-FLOAT32 = ("A_log", "D", "dt_proj.bias", "adaptation.bias")
+
+
+def needed_files(family: str) -> set[str]:
+    """What Python imports for the classes of `auto_map`, however deep."""
+    needed, to_read = set(), {f"{reference.split('.')[0]}.py" for reference in AUTO_MAP[family].values()}
+    while to_read:
+        name = to_read.pop()
+        needed.add(name)
+        tree = ast.walk(ast.parse((MODELING / name).read_text()))
+        to_read |= {f"{node.module}.py" for node in tree if isinstance(node, ast.ImportFrom) and node.level} - needed
+    return needed
+
+
+CODE = {family: needed_files(family) for family in FAMILIES}
 IN_A_CLEAN_PROCESS = """
 ids = load_file(IDS)["ids"]
 for name, folder in FOLDERS.items():
@@ -67,77 +89,90 @@ def expected_of(model, tokenizer, ids) -> dict:
     }
 
 
-def check(results: dict, name: str, expected: dict) -> None:
+def check(results: dict, name: str, family: str, expected: dict) -> None:
     for key, value in expected.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(results[f"{name}.{key}"], value, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: k + m)
         else:
             assert results[f"{name}.{key}"] == value, key
     for key, dtype in results[f"{name}.dtypes"].items():
-        assert dtype == ("torch.float32" if key.endswith(FLOAT32) else "torch.bfloat16"), key
+        assert dtype == ("torch.float32" if key.endswith(FLOAT32[family]) else "torch.bfloat16"), key
 
 
-def has_code(folder: Path) -> None:
-    assert sorted(path.name for path in folder.glob("*.py")) == CODE
-    assert AutoConfig.from_pretrained(folder).auto_map == AUTO_MAP
+def has_code(folder: Path, family: str) -> None:
+    assert {path.name for path in folder.glob("*.py")} == CODE[family]
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP[family]
+    assert AutoConfig.from_pretrained(folder).auto_map == AUTO_MAP[family]
+
+
+def test_each_family_travels_with_its_own_files():
+    """Nothing of the other family, nothing that nobody needs, and nothing left at home."""
+    own = {family: CODE[family] - set.union(*(code for name, code in CODE.items() if name != family)) for family in FAMILIES}
+    assert own == {
+        "remamba": {"configuration_remamba.py", "modeling_remamba.py", "selective_scan.py"},
+        "remamba2": {"configuration_remamba2.py", "modeling_remamba2.py", "state_space_dual.py"},
+    }
+    assert set.union(*CODE.values()) == {path.name for path in MODELING.glob("*.py")} - {"__init__.py"}
 
 
 @pytest.mark.smoke
 def test_clean_process_loads_saves_and_loads_again(tmp_path, python, tokenizer, input_ids):
-    """Tied in one file, and untied in bfloat16 in shards."""
+    """Tied in one file, and untied in bfloat16 in shards; both families in one process."""
     from safetensors.torch import save_file
 
     save_file({"ids": input_ids}, tmp_path / "ids.safetensors")
-    folders, expected = {}, {}
-    for name, options in (("tied", {}), ("untied", {"max_shard_size": "20KB"})):
-        model = make_model(tied=name == "tied")
-        if name == "untied":
-            model.to(torch.bfloat16)
-        folder = tmp_path / name
-        model.save_pretrained(folder, **options)
-        tokenizer.save_pretrained(folder)
-        folders[name] = str(folder)
-        expected[name] = expected_of(model.float(), tokenizer, input_ids)
-        has_code(folder)
-    assert len(list((tmp_path / "untied").glob("*.safetensors"))) > 2
-    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    folders, expected, families = {}, {}, {}
+    for family in FAMILIES:
+        for kind, options in (("tied", {}), ("untied", {"max_shard_size": "20KB"})):
+            model = make_model(family, tied=kind == "tied")
+            if kind == "untied":
+                model.to(torch.bfloat16)
+            name = f"{family}-{kind}"
+            folder = tmp_path / name
+            model.save_pretrained(folder, **options)
+            tokenizer.save_pretrained(folder)
+            folders[name], families[name] = str(folder), family
+            expected[name] = expected_of(model.float(), tokenizer, input_ids)
+            has_code(folder, family)
+        assert len(list((tmp_path / f"{family}-untied").glob("*.safetensors"))) > 2
+        assert "lm_head.weight" not in load_file(tmp_path / f"{family}-tied" / "model.safetensors")
 
     given = {"IDS": str(tmp_path / "ids.safetensors")}
     results = python(IN_A_CLEAN_PROCESS, FOLDERS=folders, RESAVED=str(tmp_path / "again"), **given)
     for name, values in expected.items():
-        check(results, name, values)
-        has_code(tmp_path / "again" / name)
-        has_code(tmp_path / "again" / f"{name}-backbone")
+        check(results, name, families[name], values)
+        has_code(tmp_path / "again" / name, families[name])
+        has_code(tmp_path / "again" / f"{name}-backbone", families[name])
 
     again = {name: str(tmp_path / "again" / name) for name in folders}
     results = python(IN_A_CLEAN_PROCESS, FOLDERS=again, RESAVED="", **given)
     for name, values in expected.items():
-        check(results, name, values)
+        check(results, name, families[name], values)
 
 
 @torch.no_grad()
 @pytest.mark.smoke
 @pytest.mark.parametrize("flag", [{}, {"trust_remote_code": False}])
-def test_installed_package_needs_no_flag(tmp_path, input_ids, flag):
-    model = make_model()
+def test_installed_package_needs_no_flag(tmp_path, input_ids, family, flag):
+    model = make_model(family)
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", **flag)
-    assert type(loaded) is ReMambaForCausalLM
-    assert type(AutoModel.from_pretrained(tmp_path / "model", **flag)) is ReMambaModel
+    assert type(loaded) is FAMILIES[family].model_class
+    assert type(AutoModel.from_pretrained(tmp_path / "model", **flag)) is FAMILIES[family].model_class.backbone_class
     assert not any(name.startswith("transformers_modules.model") for name in sys.modules)
     torch.testing.assert_close(
         loaded(input_ids, compress_prompt=True).logits, model(input_ids, compress_prompt=True).logits, rtol=0, atol=0
     )
     loaded.save_pretrained(tmp_path / "again")
-    has_code(tmp_path / "again")
+    has_code(tmp_path / "again", family)
 
 
 @torch.no_grad()
-def test_backbone_and_language_model_load_from_each_others_folders(tmp_path, input_ids):
-    model = make_model()
+def test_backbone_and_language_model_load_from_each_others_folders(tmp_path, input_ids, family):
+    model = make_model(family)
     model.save_pretrained(tmp_path / "causal")
     model.backbone.save_pretrained(tmp_path / "backbone")
-    has_code(tmp_path / "backbone")
+    has_code(tmp_path / "backbone", family)
     expected = model(input_ids, compress_prompt=True)
     hidden = model.backbone(input_ids, compress_prompt=True).last_hidden_state
     for folder in ("causal", "backbone"):
@@ -150,17 +185,107 @@ def test_backbone_and_language_model_load_from_each_others_folders(tmp_path, inp
         torch.testing.assert_close(causal(input_ids, compress_prompt=True).logits, expected.logits, rtol=1e-6, atol=1e-6)
 
 
-def test_half_precision_loads_some_weights_in_float32(tmp_path):
+def test_half_precision_loads_some_weights_in_float32(tmp_path, family):
     """From a float32 folder, and bit by bit."""
-    model = make_model(tied=False)
+    model = make_model(family, tied=False)
+    model_class = FAMILIES[family].model_class
     model.save_pretrained(tmp_path)
-    half = ReMambaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half = model_class.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     for name, tensor in half.state_dict().items():
         expected = model.state_dict()[name]
-        assert tensor.dtype == (torch.float32 if name.endswith(FLOAT32) else torch.bfloat16), name
+        assert tensor.dtype == (torch.float32 if name.endswith(FLOAT32[family]) else torch.bfloat16), name
         assert torch.equal(tensor, expected.to(tensor.dtype)), name
     half.save_pretrained(tmp_path / "half")
     written = load_file(tmp_path / "half" / "model.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in half.state_dict().items())
-    assert ReMambaForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    assert model_class.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def strict_json(path: Path) -> dict:
+    """What a reader makes of a file that does not know Python's Infinity and NaN."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("remamba", {}),
+        ("remamba2", {}),
+        ("remamba2", dict(time_step_limit=(0.0, math.inf))),
+        ("remamba2", dict(time_step_limit=[0.01, 0.5])),
+    ],
+    ids=str,
+)
+def test_every_setting_survives_saving(tmp_path, input_ids, family, settings):
+    """Infinite limits, ranges, keys of the user; and nothing but JSON is written."""
+    settings = dict(train_compression_span=(0.2, 0.6), selection="stride", compression_max_kept=7, **settings)
+    model = make_model(family, **settings)
+    model.save_pretrained(tmp_path)
+    strict_json(tmp_path / "config.json")
+    for loaded in (AutoConfig.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path).config):
+        assert type(loaded) is FAMILIES[family].config_class
+        assert json.loads(loaded.to_json_string()) == json.loads(model.config.to_json_string())
+        for name, value in settings.items():
+            assert getattr(loaded, name) == (list(value) if isinstance(value, tuple) else value), name
+        assert loaded.a_key_of_the_user == "kept"
+        assert '"hidden_size": 32' in repr(loaded)
+
+
+@torch.no_grad()
+def test_plain_checkpoints_load_as_what_one_asks_for(tmp_path, input_ids, family):
+    """AutoModelForCausalLM gives transformers' model; the family's class takes all its weights, and saves its own kind."""
+    kinds = FAMILIES[family]
+    own = {} if family == "remamba" else dict(num_heads=4, head_dim=16, n_groups=1, chunk_size=16)
+    torch.manual_seed(0)
+    plain = kinds.plain_model_class(
+        kinds.plain_config_class(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=8, **own)
+    ).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")) is kinds.plain_model_class
+    model, info = kinds.model_class.from_pretrained(tmp_path / "plain", compression_span=0.4, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert all("compressor" in name or "adaptation" in name for name in info["missing_keys"])
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in plain.state_dict().items())
+    torch.testing.assert_close(model(input_ids).logits, plain(input_ids).logits, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "two-stage")
+    has_code(tmp_path / "two-stage", family)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "two-stage")
+    assert type(loaded) is kinds.model_class
+    assert loaded.config.compression_span == 0.4
+    expected = model(input_ids, compress_prompt=True)
+    assert torch.equal(loaded(input_ids, compress_prompt=True).logits, expected.logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_changed_vocabulary_survives_saving(tmp_path, input_ids, family, tied):
+    model = make_model(family, tied=tied)
+    input_ids = input_ids.clone()
+    expected = model(input_ids, compress_prompt=True).logits
+    model.resize_token_embeddings(320)
+    logits = model(input_ids, compress_prompt=True).logits
+    torch.testing.assert_close(logits[..., :300], expected)
+    input_ids[:, 5] = 319
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == logits.shape[-1] == 320
+    assert (loaded.lm_head.weight is loaded.backbone.embeddings.weight) is tied
+    torch.testing.assert_close(loaded(input_ids, compress_prompt=True).logits, model(input_ids, compress_prompt=True).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "auto", "float16"], ids=str)
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_precision_under_either_name(tmp_path, input_ids, family, name, dtype):
+    make_model(family, tied=False).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto", **{name: dtype})
+    assert model.dtype == (torch.float16 if dtype == "float16" else torch.bfloat16)
+    for key, value in model.state_dict().items():
+        assert value.dtype == (torch.float32 if key.endswith(FLOAT32[family]) else model.dtype), key
+    assert model(input_ids, compress_prompt=True).logits.isfinite().all()
+    assert model.generate(input_ids, max_new_tokens=2).shape == (2, 42)

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling_tests.modeling import reference_remamba as reference
+from modeling_tests.modeling import reference_two_stages as reference
 from modeling_tests.modeling.tiny_models import RATIO, SPAN, START, assert_close, padded, random_rows, tiny_model
+from remamba_hf.modeling.selective_compression import Adaptation
 
 PROMPTS, LENGTHS = (9, 20, 37, 2), (12, 26, 43, 4)
 
@@ -41,12 +42,13 @@ def assert_same_gradients(actual, expected, limit):
         assert_close(actual[name], expected[name], limit, f"gradient of {name}")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.smoke
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("scale_score_gradient", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_gradients_agree_with_the_reference(padding, scale_score_gradient, training):
-    model = tiny_model(scale_score_gradient=scale_score_gradient).train(training)
+def test_gradients_agree_with_the_reference(family, padding, scale_score_gradient, training):
+    model = tiny_model(family=family, scale_score_gradient=scale_score_gradient).train(training)
     rows, batch = labelled_batch(padding)
     loss, actual = gradients(model, batch)
     weights = {name: value.detach().clone().requires_grad_() for name, value in model.state_dict().items()}
@@ -64,8 +66,8 @@ def test_gradients_agree_with_the_reference(padding, scale_score_gradient, train
 
 
 @pytest.mark.parametrize("selection", ["stride", "random", "multiplicative"])
-def test_gradients_of_the_ablations(selection):
-    model = tiny_model(selection=selection, scale_score_gradient=False)
+def test_gradients_of_the_ablations(family, selection):
+    model = tiny_model(family=family, selection=selection, scale_score_gradient=False)
     (row,) = random_rows([40])
     labels = torch.where(torch.arange(40) < 32, -100, row)[None]
     output = model(row[None], labels=labels)
@@ -82,9 +84,9 @@ def test_gradients_of_the_ablations(selection):
             assert_close(parameter.grad, weights[name].grad, 1e-9, f"gradient of {name}")
 
 
-def test_a_numerical_check():
+def test_a_numerical_check(family):
     """Not only against autograd: finite differences through everything, with the selection far from a tie."""
-    model = tiny_model(num_hidden_layers=2, hidden_size=8, scale_score_gradient=False)
+    model = tiny_model(family=family, num_hidden_layers=2, hidden_size=8, scale_score_gradient=False)
     _, batch = labelled_batch("left", prompts=(9, 14), lengths=(12, 17))
     _, actual = gradients(model, batch)
     generator = torch.Generator().manual_seed(0)
@@ -101,9 +103,9 @@ def test_a_numerical_check():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(use_reentrant):
+def test_gradient_checkpointing_changes_nothing(family, use_reentrant):
     """The authors' code loses alpha under checkpointing: the compressor's gradients would vanish."""
-    model = tiny_model().train()
+    model = tiny_model(family=family).train()
     _, batch = labelled_batch()
     loss, expected = gradients(model, batch)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
@@ -118,9 +120,29 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant):
     assert actual["backbone.compressor.query.0.weight"].abs().max() > 0
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_alpha_gets_its_gradient_under_checkpointing(family, use_reentrant):
+    """Of alpha itself, every one its own, through all layers."""
+    model = tiny_model(family=family).train()
+    hidden_states = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    where, lengths = torch.tensor([1, 2, 5, 10]), torch.tensor([9, 6])
+
+    def alpha_gradient():
+        scores = torch.tensor([-0.5, 0.3, 0.6, 0.9], dtype=torch.float64, requires_grad=True)
+        alpha = Adaptation(where, torch.sigmoid(scores))
+        states = model.backbone.run_layers(hidden_states, lengths, alpha, None, None)
+        (states[0, 8] * states[1, 5]).sum().backward()
+        return scores.grad
+
+    expected = alpha_gradient()
+    assert (expected != 0).all()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    assert_close(alpha_gradient(), expected, 1e-12, "gradient of alpha")
+
+
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [2, 2], [3, 1]], ids=str)
-def test_accumulation_is_one_large_batch(sizes):
-    model = tiny_model().train()
+def test_accumulation_is_one_large_batch(family, sizes):
+    model = tiny_model(family=family).train()
     _, batch = labelled_batch()
     loss, expected = gradients(model, batch)
     parts = zip(*(value.split(sizes) for value in batch.values()), strict=True)
@@ -131,8 +153,8 @@ def test_accumulation_is_one_large_batch(sizes):
 
 
 @pytest.mark.parametrize("padding", ["left", "right", "both"])
-def test_padding_changes_no_gradient(padding):
-    model = tiny_model().train()
+def test_padding_changes_no_gradient(family, padding):
+    model = tiny_model(family=family).train()
     rows, batch = labelled_batch(padding)
     _, actual = gradients(model, batch)
     alone = []
@@ -143,8 +165,8 @@ def test_padding_changes_no_gradient(padding):
     assert_same_gradients(actual, expected, 1e-10)
 
 
-def test_pads_get_no_gradient():
-    model = tiny_model()
+def test_pads_get_no_gradient(family):
+    model = tiny_model(family=family)
     _, batch = labelled_batch("left")
     embeddings = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
     model(inputs_embeds=embeddings, **batch).loss.backward()
@@ -154,9 +176,9 @@ def test_pads_get_no_gradient():
     assert (embeddings.grad[~pads].abs().amax(-1) > 0).sum() == sum(LENGTHS) - len(LENGTHS)
 
 
-def test_rows_without_a_window_give_finite_gradients():
+def test_rows_without_a_window_give_finite_gradients(family):
     """A plain row among compressed ones, with compressor biases at zero: norms of zero vectors everywhere."""
-    model = tiny_model().train()
+    model = tiny_model(family=family).train()
     model.initialize_compressor()
     _, batch = labelled_batch("both", prompts=(0, 20, 1, 2))
     batch["labels"][0] = batch["input_ids"][0].masked_fill(batch["attention_mask"][0] == 0, -100)
@@ -166,18 +188,18 @@ def test_rows_without_a_window_give_finite_gradients():
     assert actual["backbone.compressor.key.0.weight"].abs().max() > 0
 
 
-def test_a_batch_without_any_window_trains():
-    model = tiny_model().train()
+def test_a_batch_without_any_window_trains(family):
+    model = tiny_model(family=family).train()
     ids = torch.stack(random_rows([10, 10]))
     loss = model(ids, labels=ids).loss
     loss.backward()
     assert model.backbone.layers[0].mixer.A_log.grad.abs().max() > 0
 
 
-def test_training_draws():
+def test_training_draws(family):
     """One draw for the batch, from torch's seed; per-call settings and eval mode draw nothing."""
     ranges = dict(train_compression_span=(0.2, 0.8), train_compression_ratio=(0.1, 0.9))
-    model = tiny_model(**ranges).train()
+    model = tiny_model(family=family, **ranges).train()
     _, batch = labelled_batch()
 
     def kept(seed, **settings):
@@ -199,8 +221,8 @@ def test_training_draws():
     assert kept(1) == kept(2) == before
 
 
-def test_training_with_drawn_settings_is_the_same_under_checkpointing():
-    model = tiny_model(train_compression_span=(0.2, 0.8), train_compression_ratio=(0.1, 0.9)).train()
+def test_training_with_drawn_settings_is_the_same_under_checkpointing(family):
+    model = tiny_model(family=family, train_compression_span=(0.2, 0.8), train_compression_ratio=(0.1, 0.9)).train()
     _, batch = labelled_batch()
     torch.manual_seed(7)
     loss, expected = gradients(model, batch)
@@ -211,16 +233,16 @@ def test_training_with_drawn_settings_is_the_same_under_checkpointing():
     assert_same_gradients(actual, expected, 1e-12)
 
 
-def test_training_uses_no_cache_unless_asked():
-    model = tiny_model().train()
+def test_training_uses_no_cache_unless_asked(family):
+    model = tiny_model(family=family).train()
     _, batch = labelled_batch()
     assert model(**batch).cache_params is None
     assert model(**batch, use_cache=True).cache_params is not None
 
 
-def test_gradients_through_a_returned_cache():
+def test_gradients_through_a_returned_cache(family):
     """The states of one forward continue in the next with their gradients, though the cache moves on in place."""
-    model = tiny_model()
+    model = tiny_model(family=family)
     ids = torch.stack(random_rows([20, 20]))
     rates = model.backbone.layers[0].mixer.A_log
     (expected,) = torch.autograd.grad(model(ids, use_cache=False).logits[:, 12:].square().sum(), rates)
@@ -229,9 +251,9 @@ def test_gradients_through_a_returned_cache():
     assert_close(actual, expected, 1e-9, "gradient of A_log")
 
 
-def test_checkpointing_refuses_a_filled_cache():
+def test_checkpointing_refuses_a_filled_cache(family):
     """The recomputation would start from a state that has moved on: right gradients or an error, never wrong ones."""
-    model = tiny_model()
+    model = tiny_model(family=family)
     ids = torch.stack(random_rows([20, 20]))
     rates = model.backbone.layers[0].mixer.A_log
     with torch.no_grad():
@@ -246,8 +268,8 @@ def test_checkpointing_refuses_a_filled_cache():
     assert_close(actual, expected, 1e-9, "gradient of A_log")
 
 
-def test_frozen_backbone_trains_the_compressor_alone():
-    model = tiny_model().train()
+def test_frozen_backbone_trains_the_compressor_alone(family):
+    model = tiny_model(family=family).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("compressor" in name)
     reference_model = copy.deepcopy(model).requires_grad_(True)

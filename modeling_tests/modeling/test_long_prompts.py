@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_tests.modeling.tiny_models import assert_close, assert_same_cache, random_rows, tiny_model
+from modeling_tests.modeling import reference_two_stages as reference
+from modeling_tests.modeling.tiny_models import (
+    SPAN,
+    START,
+    assert_close,
+    assert_same_cache,
+    cached_states,
+    padded,
+    random_rows,
+    tiny_model,
+)
 from remamba_hf.modeling import two_stage_generation
 
 # Runs in a process of its own, whose peak is nobody else's: prints the peak's growth in bytes after each prompt. VmHWM,
@@ -19,8 +29,9 @@ PEAKS = """
 import json, re, sys, torch
 from modeling_tests.modeling.tiny_models import tiny_model
 torch.set_num_threads(1)
-model = tiny_model(torch.float32, hidden_size=32, num_hidden_layers=2, compression_span=0.18, compression_ratio=0.009)
-chunk, lengths = int(sys.argv[1]), [int(length) for length in sys.argv[2:]]
+settings = dict(hidden_size=32, num_hidden_layers=2, compression_span=0.18, compression_ratio=0.009)
+model = tiny_model(torch.float32, family=sys.argv[1], **settings)
+chunk, *lengths = map(int, sys.argv[2:])
 peaks = []
 for length in [2048, *lengths]:
     ids = torch.randint(2, 50, (1, length), generator=torch.Generator().manual_seed(0))
@@ -31,32 +42,35 @@ print(json.dumps([peak - peaks[0] for peak in peaks[1:]]))
 """
 
 
-def growth(chunk, *lengths):
+def growth(family, chunk, *lengths):
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc to measure a peak")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, "-c", PEAKS, str(chunk), *map(str, lengths)]
+    command = [sys.executable, "-c", PEAKS, family, str(chunk), *map(str, lengths)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
-def test_memory_is_flat_in_the_length():
+def test_memory_is_flat_in_the_length(family):
     """What must grow with a token: its ids, and the window's states, some 200 bytes; activations would be kilobytes."""
-    at_16k, at_64k = growth(1024, 16_384, 65_536)
+    at_16k, at_64k = growth(family, 1024, 16_384, 65_536)
     assert at_64k - at_16k < 49_152 * 300
-    (in_one_piece,) = growth(32_768, 32_768)
-    assert in_one_piece > 32_768 * 1000, "the measure must show what is not chunked"
+
+
+def test_the_measure_shows_what_is_not_chunked():
+    (in_one_piece,) = growth("remamba", 32_768, 32_768)
+    assert in_one_piece > 32_768 * 1000
 
 
 def test_128k_tokens():
-    (at_128k,) = growth(2048, 131_072)
+    (at_128k,) = growth("remamba", 2048, 131_072)
     assert at_128k < 131_072 * 300
 
 
 @pytest.mark.parametrize("chunk", [1000, 4096])
-def test_a_long_prompt_in_chunks_is_the_whole(chunk):
-    model = tiny_model(hidden_size=8, num_hidden_layers=2, compression_span=0.6, compression_ratio=0.05)
+def test_a_long_prompt_in_chunks_is_the_whole(family, chunk):
+    model = tiny_model(family=family, hidden_size=8, num_hidden_layers=2, compression_span=0.6, compression_ratio=0.05)
     ids = torch.stack(random_rows([8_192]))
     with torch.no_grad():
         whole = model(ids, compress_prompt=True, use_cache=True)
@@ -66,9 +80,25 @@ def test_a_long_prompt_in_chunks_is_the_whole(chunk):
     assert_same_cache(pieces.cache_params, whole.cache_params, 1e-9)
 
 
-def test_long_prompts_are_chunked_without_being_asked(monkeypatch):
+@pytest.mark.parametrize("chunk", [None, 50])
+def test_ragged_rows_longer_than_the_operators_chunks(family, chunk):
+    """Rows end inside, at the end of and right behind a chunk of 64 tokens."""
+    model = tiny_model(family=family, num_hidden_layers=2, compression_ratio=0.1)
+    prompts, rows = (64, 137, 127, 150), random_rows([66, 140, 128, 193])
+    ids, mask, places = padded(rows, "both")
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, prompt_lengths=prompts, use_cache=True, prefill_chunk_length=chunk)
+    for row, place in enumerate(places):
+        logits, _, _, states = reference.two_stages(
+            model.state_dict(), model.config, rows[row], prompts[row], START, SPAN, 0.1
+        )
+        assert_close(output.logits[row, place], logits, 1e-10, f"logits of row {row}")
+        assert_same_cache(cached_states(output.cache_params, row), states, 1e-10, f"cache of row {row}")
+
+
+def test_long_prompts_are_chunked_without_being_asked(family, monkeypatch):
     monkeypatch.setattr(two_stage_generation, "DEFAULT_CHUNK_LENGTH", 16)
-    model = tiny_model()
+    model = tiny_model(family=family)
     ids = torch.stack(random_rows([40]))
     lengths = []
     handle = model.backbone.layers[0].register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modeling_tests.modeling import reference_remamba as reference
+from modeling_tests.modeling import reference_two_stages as reference
 from modeling_tests.modeling.tiny_models import tiny_config
 from remamba_hf.modeling.selective_compression import (
     CompressedPrompt,

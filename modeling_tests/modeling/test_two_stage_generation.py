@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_tests.modeling import reference_remamba as reference
+from modeling_tests.modeling import reference_two_stages as reference
 from modeling_tests.modeling.tiny_models import (
     RATIO,
     SPAN,
@@ -38,8 +38,8 @@ EVERY_STEP = dict(do_sample=False, max_new_tokens=NEW, return_dict_in_generate=T
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model()
+def model(family):
+    return tiny_model(family=family)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,7 @@ def test_greedy_is_the_argmax_of_the_teacher_forced_forward(model, prompts, alon
         assert_close(logits_of(output)[0], expected_logits(model, text, len(prompt)), LIMIT)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.smoke
 @pytest.mark.filterwarnings("ignore:.*right-padding")
 @pytest.mark.parametrize("padding", ["left", "right", "both"])
@@ -103,6 +104,7 @@ def test_ragged_batches_equal_each_row_alone(model, prompts, alone, padding, set
     assert_rows_alone(model.generate(ids, attention_mask=mask, **EVERY_STEP, **settings), alone)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("with_ids", [False, True])
@@ -157,6 +159,7 @@ def test_settings_of_the_call(model, prompts, use_cache):
     assert_close(logits_of(output)[0], expected, LIMIT)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor], ids=["list", "tuple", "tensor"])
 @pytest.mark.parametrize("mode", [{}, dict(num_beams=2), dict(num_return_sequences=3, do_sample=True)], ids=str)
 def test_settings_of_each_row(model, prompts, kind, mode):
@@ -251,6 +254,7 @@ def test_samples_of_one_prompt_are_what_the_model_says(model, prompts, use_cache
         assert_close(logits_of(output)[row], expected, LIMIT)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.smoke
 @pytest.mark.filterwarnings("ignore:.*right-padding")
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -299,9 +303,9 @@ def test_every_prompt_is_read_once(model, prompts, mode):
     assert {batch for batch, length in shapes if length == 1} == {2 * expected}
 
 
-def test_beams_from_the_models_own_configuration(prompts):
+def test_beams_from_the_models_own_configuration(family, prompts):
     """transformers fills what a given GenerationConfig leaves open from the model's."""
-    model = tiny_model()
+    model = tiny_model(family=family)
     ids = torch.stack(random_rows([20, 20]))
     expected = model.generate(ids, num_beams=3, max_new_tokens=4, compression_span=[0.25, 0.5])
     model.generation_config.num_beams = 3
@@ -399,6 +403,7 @@ def continued(model, cache, sent, name="past_key_values", **settings):
     return model.generate(sent, **{name: cache}, **EVERY_STEP, **settings)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.smoke
 @pytest.mark.filterwarnings("ignore:.*right-padding")
 @pytest.mark.parametrize("name", ["cache_params", "past_key_values"])
@@ -422,6 +427,7 @@ def test_turns_of_a_ragged_batch_with_new_tokens(model, prompts, name, first):
             assert_close(logits_of(output)[row], expected, LIMIT, f"turn {turn}, row {row}")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_turns_with_the_whole_text(model, prompts, with_mask, use_cache):
@@ -438,6 +444,7 @@ def test_turns_with_the_whole_text(model, prompts, with_mask, use_cache):
         assert_close(logits_of(output)[0], expected_logits(model, text[0], LENGTHS[-1]), LIMIT, f"turn {turn}")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.filterwarnings("ignore:.*right-padding")
 @pytest.mark.parametrize("padding", ["left", "right", "both"])
 def test_turns_of_a_ragged_batch_with_the_whole_text(model, prompts, padding):
@@ -591,12 +598,13 @@ def test_the_whole_text_after_beams(model, prompts):
 # Compiled decoding
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_the_decoding_step_compiles_whole(backend, kind):
+def test_the_decoding_step_compiles_whole(family, backend, kind):
     """One graph, compiled once; no compiler is needed for these backends."""
     torch.compiler.reset()
-    model = tiny_model(torch.float32)
+    model = tiny_model(torch.float32, family=family)
     ids = torch.stack(random_rows([20, 20]))
 
     def read():

@@ -15,15 +15,17 @@ START, SPAN, RATIO = 0.1, 0.5, 0.3
 PADDINGS = {"left": lambda spare: spare, "right": lambda spare: 0, "both": lambda spare: spare // 2}
 
 
-# What each family's tiny configuration has of its own: Mamba-2's four heads share B and C in two groups.
+# What each family's tiny configuration has of its own: Mamba-2's four heads share B and C in two groups, and both limits of
+# its step size are met.
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "remamba": dict(state_size=4),
-    "remamba2": dict(state_size=6, num_heads=4, head_dim=8, n_groups=2, chunk_size=16),
+    "remamba2": dict(state_size=6, num_heads=4, n_groups=2, chunk_size=16, time_step_limit=(0.02, 1.5)),
 }
 
 
 def tiny_config(family: str = "remamba", **settings: Any) -> Any:
-    """Three layers of width 16, s=.1, p=.5, rho=.3, training as in evaluation; `settings` override."""
+    """Three layers of width 16, s=.1, p=.5, rho=.3, training as in evaluation; `settings` override. Mamba-2's heads divide
+    whatever inner size results."""
     defaults = dict(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -39,7 +41,10 @@ def tiny_config(family: str = "remamba", **settings: Any) -> Any:
         bos_token_id=1,
         eos_token_id=None,
     )
-    return FAMILIES[family].config_class(**{**defaults, **FAMILY_SETTINGS[family], **settings})
+    merged = {**defaults, **FAMILY_SETTINGS[family], **settings}
+    if "num_heads" in merged:
+        merged.setdefault("head_dim", merged.get("expand", 2) * merged["hidden_size"] // merged["num_heads"])
+    return FAMILIES[family].config_class(**merged)
 
 
 def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, family: str = "remamba", **settings: Any) -> Any:

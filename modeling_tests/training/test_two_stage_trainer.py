@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from remamba_hf import ReMambaConfig, ReMambaForCausalLM
+from remamba_hf.families import FAMILIES
 from remamba_hf.training.recall_data import RecallDataset, RecallLevel
 from remamba_hf.training.recall_losses import evidence_loss, token_losses, value_loss
 from remamba_hf.training.recall_trainer import Curriculum, RecallTrainer, take_batch
@@ -59,13 +59,43 @@ class MarkedTokens:
         }
 
 
-def tiny_model(**settings) -> ReMambaForCausalLM:
+FAMILY_SETTINGS = {"remamba": {}, "remamba2": dict(num_heads=8, head_dim=8, n_groups=2)}
+# Parameters that weight decay must not touch, and some that it must, by the ends of their names.
+SPARED = {
+    "remamba": ("A_log", ".D", "dt_proj.bias", "adaptation.bias", "conv1d.bias", "norm.weight", "norm_f.weight"),
+    "remamba2": (
+        "A_log",
+        ".D",
+        "dt_bias",
+        "adaptation.bias",
+        "conv1d.bias",
+        "norm.weight",
+        "mixer.norm.weight",
+        "norm_f.weight",
+    ),
+}
+DECAYED = {
+    "remamba": ("embeddings.weight", "in_proj.weight", "dt_proj.weight", "conv1d.weight", "query.0.weight"),
+    "remamba2": ("embeddings.weight", "in_proj.weight", "out_proj.weight", "conv1d.weight", "query.0.weight"),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def tiny_model(family="remamba", **settings):
     torch.manual_seed(0)
-    return ReMambaForCausalLM(
-        ReMambaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.1, **settings
-        )
+    config = FAMILIES[family].config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=8,
+        initializer_range=0.1,
+        **{**FAMILY_SETTINGS[family], **settings},
     )
+    return FAMILIES[family].model_class(config)
 
 
 def arguments(folder, **settings) -> TrainingArguments:
@@ -95,28 +125,48 @@ def recall_trainer(folder, model, dataset, steps, two_stage=True, **settings) ->
     return trainer, curriculum
 
 
-def test_weight_decay_spares_rates_biases_and_norms():
-    model = tiny_model()
+def test_weight_decay_spares_rates_biases_and_norms(family):
+    model = tiny_model(family)
     decayed, spared = parameter_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     spared_names = {names[id(parameter)] for parameter in spared["params"]}
     decayed_names = {names[id(parameter)] for parameter in decayed["params"]}
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert decayed_names | spared_names == set(names.values())
-    for ending in ("A_log", ".D", "dt_proj.bias", "adaptation.bias", "conv1d.bias", "norm.weight", "norm_f.weight"):
+    for ending in SPARED[family]:
         assert any(name.endswith(ending) for name in spared_names), ending
         assert not any(name.endswith(ending) for name in decayed_names), ending
-    for ending in ("embeddings.weight", "in_proj.weight", "dt_proj.weight", "query.0.weight"):
+    for ending in DECAYED[family]:
         assert any(name.endswith(ending) for name in decayed_names), ending
+        assert not any(name.endswith(ending) for name in spared_names), ending
+    # However a parameter is named: vectors set scales, rates and offsets, matrices mix what they are given.
+    assert all(parameter.dim() == 1 or "A_log" in names[id(parameter)] for parameter in spared["params"])
+    assert all(parameter.dim() > 1 for parameter in decayed["params"])
 
 
-def test_trainer_uses_these_groups(tmp_path):
-    model = tiny_model()
+def test_trainer_uses_these_groups(family, tmp_path):
+    model = tiny_model(family)
     trainer = TwoStageTrainer(model=model, args=arguments(tmp_path, weight_decay=0.1))
     groups = trainer.create_optimizer().param_groups
     expected = parameter_groups(model, 0.1)
-    assert [len(group["params"]) for group in groups] == [len(group["params"]) for group in expected]
+    assert [{id(p) for p in group["params"]} for group in groups] == [{id(p) for p in group["params"]} for group in expected]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("family", "modules"), [("remamba", ["adaptation", "dt_proj"]), ("remamba2", ["adaptation", "norm"])]
+)
+def test_groups_of_an_adapted_model(family, modules):
+    """PEFT puts its own names between a module's and its parameter's."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["in_proj"], modules_to_save=[*modules, "compressor"])
+    model = peft.get_peft_model(tiny_model(family), config)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decayed, spared = parameter_groups(model, 0.1)
+    assert len(decayed["params"]) + len(spared["params"]) == len(trainable)
+    vectors = {id(parameter) for parameter in trainable.values() if parameter.dim() == 1}
+    assert {id(parameter) for parameter in spared["params"]} == vectors
+    assert vectors
 
 
 def test_labels_start_after_the_prompt():
@@ -134,14 +184,14 @@ def test_labels_start_after_the_prompt():
         PromptResponseCollator(padding=1)([samples[0], {"prompt_ids": [], "response_ids": [2]}])
 
 
-def test_trainer_with_collated_pairs_logs_matches_and_lowers_the_loss(tmp_path):
+def test_trainer_with_collated_pairs_logs_matches_and_lowers_the_loss(family, tmp_path):
     generator = np.random.default_rng(0)
     data = [
         {"prompt_ids": generator.integers(2, VOCABULARY, size=length), "response_ids": [7, 0]}
         for length in generator.integers(20, 40, size=64)
     ]
     trainer = TwoStageTrainer(
-        model=tiny_model(train_compression_tail=0),
+        model=tiny_model(family, train_compression_tail=0),
         args=arguments(tmp_path, max_steps=40, logging_steps=5, learning_rate=1e-2, lr_scheduler_type="constant"),
         train_dataset=data,
         data_collator=PromptResponseCollator(padding=1),
@@ -187,10 +237,10 @@ def test_evidence_loss_is_least_where_evidence_alone_scores():
     assert scores.grad[1].eq(0).all()
 
 
-def test_recall_is_learned_and_survives_compression(tmp_path):
+def test_recall_is_learned_and_survives_compression(family, tmp_path):
     dataset = MarkedTokens()
     trainer, curriculum = recall_trainer(
-        tmp_path, tiny_model(), dataset, 250, warmup_steps=20, save_strategy="no", curriculum={"threshold": 0.85}
+        tmp_path, tiny_model(family), dataset, 250, warmup_steps=20, save_strategy="no", curriculum={"threshold": 0.85}
     )
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "level_match" in entry]
@@ -203,8 +253,8 @@ def test_recall_is_learned_and_survives_compression(tmp_path):
     assert history[-1]["learning_rate"] < 1e-3, "the rate falls once the last level is reached"
 
 
-def test_plain_training_leaves_the_compressor_alone(tmp_path):
-    model = tiny_model()
+def test_plain_training_leaves_the_compressor_alone(family, tmp_path):
+    model = tiny_model(family)
     before = {name: value.clone() for name, value in model.backbone.compressor.named_parameters()}
     dataset = MarkedTokens()
     dataset.levels = [RecallLevel((24,), two_stage=1.0)]

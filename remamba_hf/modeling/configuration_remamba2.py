@@ -31,6 +31,9 @@ class ReMamba2Config(CompressionSettings, Mamba2Config):
                 f"num_heads * head_dim is {self.intermediate_size}, expand * hidden_size {self.expand * self.hidden_size}, "
                 f"intermediate_size {inner}: all three must be equal."
             )
+        for name in ("n_groups", "state_size", "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.num_heads % self.n_groups:
             raise ValueError(
                 f"num_heads={self.num_heads} is no multiple of n_groups={self.n_groups}: every group serves as many heads."

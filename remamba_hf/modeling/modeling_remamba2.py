@@ -11,6 +11,7 @@ Shapes: `B` rows, `L` positions of a pass, `H` hidden size, `E` inner size, `nh`
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
@@ -57,7 +58,7 @@ class ReMamba2Mixer(TwoStageMixer):
         self.conv1d = depthwise_convolution(config, inner + 2 * shared)
         self.dt_bias = nn.Parameter(torch.ones(heads))
         self.adaptation = StepAdaptation(heads)
-        self.A_log = nn.Parameter(torch.log(torch.arange(1, heads + 1, dtype=torch.float32)))
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, heads + 1)))
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = GatedGroupNorm(inner, config.n_groups, eps=config.layer_norm_epsilon)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
@@ -159,7 +160,7 @@ class ReMamba2Model(TwoStageModel, ReMamba2PreTrainedModel):
     block_class = ReMamba2Block
 
 
-class ReMamba2ForCausalLM(TwoStageForCausalLM, ReMamba2PreTrainedModel):
+class ReMamba2ForCausalLM(TwoStageForCausalLM, ReMamba2PreTrainedModel, GenerationMixin):
     """ReMamba-2 with a language modeling head."""
 
     config_class = ReMamba2Config

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ReMamba written out for one row, from the formulas and a state dict, one token after the other. Shares no code with the
-package: it is what the package is compared with."""
+"""ReMamba and ReMamba-2 written out for one row, from the formulas and a state dict, one token after the other. Shares no
+code with the package: it is what the package is compared with."""
 
 import math
 
@@ -17,7 +17,7 @@ def mlp(weights, name, x):
     return hidden @ weights[f"{name}.2.weight"].T + weights[f"{name}.2.bias"]
 
 
-def mixer(weights, config, h, alpha, state):
+def mamba_mixer(weights, config, h, alpha, state):
     """h [L, H], alpha: a list with a scalar at kept vectors and None elsewhere. Returns y [L, H] and (conv, ssm) states."""
     size, rank, width = config.state_size, int(config.time_step_rank), config.conv_kernel
     inner = config.intermediate_size
@@ -39,12 +39,53 @@ def mixer(weights, config, h, alpha, state):
     return torch.stack(outputs), (conv, ssm)
 
 
+def mamba2_step_size(weights, config, raw, alpha):
+    """dt of all heads at one token, from what in_proj gave for it."""
+    if alpha is not None:
+        raw = alpha * raw + weights["adaptation.bias"]
+    low, high = config.time_step_limit
+    return torch.clamp(F.softplus(raw + weights["dt_bias"]), low, high)
+
+
+def mamba2_mixer(weights, config, h, alpha, state):
+    """As `mamba_mixer`; arXiv 2405.21060, section 7: z, x, B, C and dt come from one projection, a head has one decay rate
+    and one step, groups of heads share B and C, and the gated norm is taken over each group's channels."""
+    heads, channels, size, groups = config.num_heads, config.head_dim, config.state_size, config.n_groups
+    inner, shared = heads * channels, groups * size
+    convolved = inner + 2 * shared
+    group_of_head = [head * groups // heads for head in range(heads)]
+    A = -torch.exp(weights["A_log"])
+    conv, ssm = (
+        state if state is not None else (h.new_zeros(convolved, config.conv_kernel), h.new_zeros(heads, channels, size))
+    )
+    projected = h @ weights["in_proj.weight"].T + weights.get("in_proj.bias", 0)
+    outputs = []
+    for t in range(h.shape[0]):
+        z, xBC, raw = projected[t].split([inner, convolved, heads])
+        conv = torch.cat([conv[:, 1:], xBC[:, None]], dim=1)
+        xBC = F.silu((conv * weights["conv1d.weight"][:, 0]).sum(-1) + weights.get("conv1d.bias", 0))
+        x = xBC[:inner].view(heads, channels)
+        B = xBC[inner : inner + shared].view(groups, size)[group_of_head]
+        C = xBC[inner + shared :].view(groups, size)[group_of_head]
+        dt = mamba2_step_size(weights, config, raw, alpha[t])[:, None, None]
+        ssm = torch.exp(dt * A[:, None, None]) * ssm + dt * x[:, :, None] * B[:, None, :]
+        y = (ssm @ C[:, :, None])[:, :, 0] + weights["D"][:, None] * x
+        outputs.append(y.flatten() * F.silu(z))
+    normed = [norm(part, 1, config.layer_norm_epsilon) for part in torch.stack(outputs).chunk(groups, dim=-1)]
+    y = torch.cat(normed, dim=-1) * weights["norm.weight"]
+    return y @ weights["out_proj.weight"].T + weights.get("out_proj.bias", 0), (conv, ssm)
+
+
+MIXERS = {"remamba": mamba_mixer, "remamba2": mamba2_mixer}
+
+
 def under(weights, prefix):
     return {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def one_pass(weights, config, x, alpha=None, states=None):
     """x [L, H] -> states after the final norm [L, H] and every layer's (conv, ssm)."""
+    mixer = MIXERS[config.model_type]
     alpha = [None] * x.shape[0] if alpha is None else alpha
     final = []
     for layer in range(config.num_hidden_layers):
