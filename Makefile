@@ -55,7 +55,7 @@ suite: $(DEV_READY)
 	$(VENV)/bin/python -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 gpu-test: $(DEV_READY)
-	$(VENV)/bin/python -m pytest -q -m gpu --run-slow $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -q -n 8 modeling_tests/gpu $(PYTEST_ARGS)
 
 # The checkpoints carry the code as it is today; a test compares them.
 cards: $(DEV_READY)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test stands on: no network, a cache of its own, one torch thread, a fixed seed, markers that act."""
 
+import json
 import os
 import tempfile
+from pathlib import Path
+from typing import Any
 
 # Read by huggingface_hub and transformers when they are imported, hence before anything else. The cache is one folder
 # per process: remote code is copied into it, and two pytest workers must not write the same files.
@@ -25,6 +28,32 @@ torch.set_num_threads(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-report", metavar="FILE", help="write every error that the GPU tests measure to this JSON file")
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow as well")
+
+
+class GpuReport:
+    """Writes what the GPU tests measure, after every test, so that a run that is cut off leaves what it has."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.report: dict[str, Any] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, measured in report.user_properties if report.when == "teardown" else ():
+            if name != "measured":
+                continue
+            errors = self.report.get("rms_ratios", {})
+            for what, error in measured["rms_ratios"].items():
+                errors[what] = max(error, errors.get(what, 0.0))
+            self.report = {**measured, "rms_ratios": dict(sorted(errors.items()))}
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.report, indent=2) + "\n")
+            temporary.replace(self.path)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--gpu-report")
+    if path and not hasattr(config, "workerinput"):  # processes of xdist report to the one that started them
+        config.pluginmanager.register(GpuReport(Path(path)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that a CUDA device changes: the compiled kernels against float64, and the models against themselves on the CPU.
 
-    python -m pytest modeling_tests/gpu --gpu-report gpu_report.json
+    python -m pytest modeling_tests/gpu -n 8 --gpu-report gpu_report.json
 
 Errors are RMS ratios, rms(x - reference) / rms(reference). With a report path, every error measured is written there.
+Most of the time goes into compiling Triton kernels, hence several processes.
 With --run-slow mamba-ssm's Triton kernels are tuned as in use, which takes many minutes of compiling.
 """
 
 import copy
-import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import pytest
@@ -43,14 +43,15 @@ CAPS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 _errors: dict[str, float] = {}
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _report(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hands what a test measured to the process that writes the report (see conftest.py), also from a process of xdist."""
+    _errors.clear()
     yield
-    path = request.config.getoption("--gpu-report", default=None)
-    if path and _errors:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-        report = {"device": torch.cuda.get_device_name(), "versions": versions, "rms_ratios": _errors}
-        Path(path).write_text(json.dumps(report, indent=2) + "\n")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    versions |= {package: metadata.version(package) for package in ("transformers", "mamba-ssm", "causal-conv1d", "triton")}
+    measured = {"device": torch.cuda.get_device_name(), "versions": versions, "rms_ratios": dict(_errors)}
+    request.node.user_properties.append(("measured", measured))
 
 
 @pytest.fixture(scope="module", autouse=True)
