@@ -38,9 +38,10 @@ class GpuReport:
         self.report: dict[str, Any] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for name, measured in report.user_properties if report.when == "teardown" else ():
+        for name, value in report.user_properties if report.when == "teardown" else ():
             if name != "measured":
                 continue
+            measured = json.loads(value)
             errors = self.report.get("rms_ratios", {})
             for what, error in measured["rms_ratios"].items():
                 errors[what] = max(error, errors.get(what, 0.0))

@@ -9,6 +9,7 @@ With --run-slow mamba-ssm's Triton kernels are tuned as in use, which takes many
 """
 
 import copy
+import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -48,10 +49,10 @@ def _report(request: pytest.FixtureRequest) -> Iterator[None]:
     """Hands what a test measured to the process that writes the report (see conftest.py), also from a process of xdist."""
     _errors.clear()
     yield
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
     versions |= {package: metadata.version(package) for package in ("transformers", "mamba-ssm", "causal-conv1d", "triton")}
     measured = {"device": torch.cuda.get_device_name(), "versions": versions, "rms_ratios": dict(_errors)}
-    request.node.user_properties.append(("measured", measured))
+    request.node.user_properties.append(("measured", json.dumps(measured)))
 
 
 @pytest.fixture(scope="module", autouse=True)
