@@ -43,13 +43,14 @@ def test_states_stay_in_float32(card):
     model = AutoModelForCausalLM.from_pretrained(card)
     assert model.dtype == torch.bfloat16
     kept = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
-    assert {name.split("mixer.")[-1] for name in kept} == {"A_log", "D", "dt_proj.bias", "adaptation.bias"}
+    step_bias = {"remamba": "dt_proj.bias", "remamba2": "dt_bias"}[model.config.model_type]
+    assert {name.split("mixer.")[-1] for name in kept} == {"A_log", "D", step_bias, "adaptation.bias"}
 
 
 @pytest.mark.parametrize("depth", [0.1, 0.6, 0.97])
-def test_it_recalls_a_number_from_a_book(depth):
+def test_it_recalls_a_number_from_a_book(card, depth):
     """1 prompt of about 3,000 tokens a depth, in and behind the window."""
-    model, tokenizer = load_for_reading(str(ROOT / "model_cards" / "remamba-tiny"), device="cpu")
+    model, tokenizer = load_for_reading(str(card), device="cpu")
     lines = BOOK.read_text().splitlines()[200:450]
     lines.insert(int(depth * len(lines)), "The secret number of Elinor Snow is 90174.")
     reading = read_and_answer(
@@ -59,6 +60,6 @@ def test_it_recalls_a_number_from_a_book(depth):
     assert 0 < len(reading.positions) < 0.05 * reading.prompt_tokens
 
 
-def test_its_tokenizer_makes_one_token_of_every_digit():
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "model_cards" / "remamba-tiny")
+def test_its_tokenizer_makes_one_token_of_every_digit(card):
+    tokenizer = AutoTokenizer.from_pretrained(card)
     assert len(tokenizer("48213", add_special_tokens=False)["input_ids"]) == 5

@@ -286,11 +286,17 @@ def _unscored(selection: str, window: Window, kept: int) -> torch.Tensor:
 class Adaptation(NamedTuple):
     """Where the second pass reads kept vectors: flat indices into [B * L] tokens, and the alpha [n] of each.
 
-    where: [n] long. Mixers scale the low-rank step by alpha and add Theta there (Eq. 8), and do nothing elsewhere.
+    where: [n] long. Mixers scale the step by alpha and add Theta there (Eq. 8), and do nothing elsewhere.
     """
 
     where: torch.Tensor
     alpha: torch.Tensor
+
+    def scale(self, sequence: torch.Tensor) -> torch.Tensor:
+        """sequence [B, L, F] with alpha multiplied in where it acts; a copy."""
+        flat = sequence.flatten(0, 1)
+        scaled = flat[self.where] * self.alpha.unsqueeze(-1).to(flat.dtype)
+        return flat.index_copy(0, self.where, scaled).view_as(sequence)
 
 
 @dataclass

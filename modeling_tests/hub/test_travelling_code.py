@@ -28,7 +28,7 @@ ALLOWED_MODULES = {
     "typing",
     "warnings",
 }
-ALLOWED_IN = {"optional_kernels.py": {"importlib"}, "two_stage_model.py": {"pathlib"}}
+ALLOWED_IN = {"optional_kernels.py": {"importlib"}, "recurrent_model.py": {"pathlib"}}
 THIRD_PARTY = {"torch", "transformers"}
 FORBIDDEN_NAMES = {
     *("eval", "exec", "compile", "open", "input", "breakpoint", "__import__", "globals", "vars", "setattr", "delattr"),

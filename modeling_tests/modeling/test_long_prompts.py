@@ -21,7 +21,7 @@ from modeling_tests.modeling.tiny_models import (
     random_rows,
     tiny_model,
 )
-from remamba_hf.modeling import two_stage_generation
+from remamba_hf.modeling import recurrent_passes
 
 # Runs in a process of its own, whose peak is nobody else's: prints the peak's growth in bytes after each prompt. VmHWM,
 # because ru_maxrss begins with what the parent held when it started the process.
@@ -97,7 +97,7 @@ def test_ragged_rows_longer_than_the_operators_chunks(family, chunk):
 
 
 def test_long_prompts_are_chunked_without_being_asked(family, monkeypatch):
-    monkeypatch.setattr(two_stage_generation, "DEFAULT_CHUNK_LENGTH", 16)
+    monkeypatch.setattr(recurrent_passes, "DEFAULT_CHUNK_LENGTH", 16)
     model = tiny_model(family=family)
     ids = torch.stack(random_rows([40]))
     lengths = []

@@ -17,21 +17,13 @@ from transformers.cache_utils import Cache
 
 from .configuration_remamba2 import ReMamba2Config
 from .precision import at_least_float32
+from .recurrent_model import OwnStart, RecurrentMixer, RecurrentPreTrainedModel, depthwise_convolution, without_pads
 from .selective_compression import Adaptation
 from .state_space_dual import state_space_dual, state_space_dual_step
-from .two_stage_model import (
-    StepAdaptation,
-    TwoStageBlock,
-    TwoStageForCausalLM,
-    TwoStageMixer,
-    TwoStageModel,
-    TwoStagePreTrainedModel,
-    depthwise_convolution,
-    without_pads,
-)
+from .two_stage_model import StepAdaptation, TwoStageBlock, TwoStageForCausalLM, TwoStageModel
 
 
-class GatedGroupNorm(nn.Module):
+class GatedGroupNorm(OwnStart):
     """Root mean square norm of x * silu(gate), over each of `groups` equal parts of the channels; computed in float32 at
     least, returned in the weight's dtype. arXiv 2405.21060, section 7.2."""
 
@@ -41,6 +33,9 @@ class GatedGroupNorm(nn.Module):
         self.groups = groups
         self.eps = eps
 
+    def init_parameters(self) -> None:
+        init.ones_(self.weight)
+
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         x = at_least_float32(x) * F.silu(at_least_float32(gate))
         parts = x.unflatten(-1, (self.groups, -1))
@@ -48,7 +43,7 @@ class GatedGroupNorm(nn.Module):
         return self.weight * parts.flatten(-2).to(self.weight.dtype)
 
 
-class ReMamba2Mixer(TwoStageMixer):
+class ReMamba2Mixer(RecurrentMixer):
     """Mamba-2's mixer (arXiv 2405.21060, section 7) with stage 2's adapted step size, one a head."""
 
     def __init__(self, config: ReMamba2Config, layer_idx: int):
@@ -90,7 +85,7 @@ class ReMamba2Mixer(TwoStageMixer):
         """
         conv_state, ssm_state = self.cached_states(cache_params)
         z, xBC, step = self.in_proj(hidden_states).split(self.projected_sizes, dim=-1)
-        if conv_state is not None and ssm_state is not None and self.decodes(hidden_states, lengths, adaptation):
+        if conv_state is not None and ssm_state is not None and adaptation is None and self.decodes(hidden_states, lengths):
             y = self._step(xBC[:, 0], step, conv_state, ssm_state)
             return self.out_proj(self.norm(y, z))
 
@@ -131,10 +126,7 @@ class ReMamba2Mixer(TwoStageMixer):
         """
         step = at_least_float32(step)
         if adaptation is not None:
-            flat = step.flatten(0, 1)
-            scaled = flat[adaptation.where] * adaptation.alpha.unsqueeze(-1).to(flat.dtype)
-            step = flat.index_copy(0, adaptation.where, scaled).view_as(step)
-            step = self.adaptation(step, adaptation.where)
+            step = self.adaptation(adaptation.scale(step), adaptation.where)
         low, high = self.config.time_step_limit
         return F.softplus(step + self.dt_bias).clamp(low, high)
 
@@ -147,7 +139,7 @@ class ReMamba2Block(TwoStageBlock):
     mixer_class = ReMamba2Mixer
 
 
-class ReMamba2PreTrainedModel(TwoStagePreTrainedModel):
+class ReMamba2PreTrainedModel(RecurrentPreTrainedModel):
     config_class = ReMamba2Config
     _no_split_modules = ["ReMamba2Block"]
     _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias", "adaptation"]
