@@ -37,14 +37,17 @@ def test_the_book_example_answers_and_draws(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_training_example_makes_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("family", ["remamba2", "memmamba"])
+def test_the_training_example_makes_a_checkpoint(tmp_path, family):
     books = tmp_path / "books"
     books.mkdir()
     (books / "one.txt").write_text(BOOK.read_text())
-    arguments = ["--smoke", "--max-steps", "2", "--workers", "0", "--exclude", "no such words"]
-    run("train_remamba_tiny.py", "--books", str(books), "--output", str(tmp_path / "run"), *arguments)
+    arguments = ["--smoke", "--max-steps", "2", "--workers", "0", "--exclude", "no such words", "--family", family]
+    run("train_recall_tiny.py", "--books", str(books), "--output", str(tmp_path / "run"), *arguments)
     model = tmp_path / "run" / "model"
-    assert {"model.safetensors", "config.json", "tokenizer.json", "modeling_remamba.py"} <= {f.name for f in model.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", f"modeling_{family}.py"} <= {
+        f.name for f in model.iterdir()
+    }
     assert json.loads((model / "config.json").read_text())["use_cache"] is True
     assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 2
     assert not (tmp_path / "run" / "model.partial").exists()

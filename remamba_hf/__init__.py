@@ -7,13 +7,19 @@ checkpoints load without remote code.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .modeling.configuration_memmamba import MemMambaConfig
 from .modeling.configuration_remamba import ReMambaConfig
 from .modeling.configuration_remamba2 import ReMamba2Config
+from .modeling.modeling_memmamba import MemMambaForCausalLM, MemMambaModel, MemMambaPreTrainedModel
 from .modeling.modeling_remamba import ReMambaForCausalLM, ReMambaModel, ReMambaPreTrainedModel
 from .modeling.modeling_remamba2 import ReMamba2ForCausalLM, ReMamba2Model, ReMamba2PreTrainedModel
 
 __version__ = "0.1.0"
 __all__ = [
+    "MemMambaConfig",
+    "MemMambaForCausalLM",
+    "MemMambaModel",
+    "MemMambaPreTrainedModel",
     "ReMamba2Config",
     "ReMamba2ForCausalLM",
     "ReMamba2Model",
@@ -27,6 +33,7 @@ __all__ = [
 for _config, _model, _language_model in (
     (ReMambaConfig, ReMambaModel, ReMambaForCausalLM),
     (ReMamba2Config, ReMamba2Model, ReMamba2ForCausalLM),
+    (MemMambaConfig, MemMambaModel, MemMambaForCausalLM),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)

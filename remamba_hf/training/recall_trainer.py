@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small ReMamba from scratch on the recall task: losses, a curriculum that waits for success, a learning rate."""
+"""Trains a small model from scratch on the recall task: losses, a curriculum that waits for success, a learning rate."""
 
 import json
 import math
@@ -147,7 +147,7 @@ class RecallTrainer(TwoStageTrainer):
     Args:
         weights: of the loss terms; without compressor training (`two_stage=False`) only the first two count.
         curriculum: the callback that sets levels and the learning rate.
-        two_stage: `False` trains a plain Mamba on the same batches.
+        two_stage: `False` reads all batches in one pass: a plain Mamba, or a model that does not compress.
         compressor_from_level: the compressor's losses begin at this level; very small models learn to copy sooner if
             that is later than level 0.
 
@@ -175,6 +175,9 @@ class RecallTrainer(TwoStageTrainer):
             )
         self.weights = weights
         self.curriculum = curriculum
+        self.can_compress = hasattr(self.model.config, "compression_span")
+        if two_stage and not self.can_compress:
+            raise ValueError(f"{type(self.model).__name__} does not compress prompts: train it with two_stage=False.")
         self.two_stage = two_stage
         self.compressor_from_level = compressor_from_level
         self.add_callback(curriculum)
@@ -197,16 +200,16 @@ class RecallTrainer(TwoStageTrainer):
     ) -> Any:
         input_ids, prompt = inputs["input_ids"], inputs["prompt_length"]
         compress = self.two_stage and inputs["compress_prompt"]
-        outputs = model(
-            input_ids=input_ids,
-            prompt_lengths=torch.full((len(input_ids),), prompt),
-            compress_prompt=None if compress else False,
-            compression_start=0.0,
-            compression_span=inputs["compression_span"],
-            compression_ratio=inputs["compression_ratio"],
-            output_hidden_states=True,
-            use_cache=False,
-        )
+        how: dict[str, Any] = {}
+        if self.can_compress:
+            how = {
+                "prompt_lengths": torch.full((len(input_ids),), prompt),
+                "compress_prompt": None if compress else False,
+                "compression_start": 0.0,
+                "compression_span": inputs["compression_span"],
+                "compression_ratio": inputs["compression_ratio"],
+            }
+        outputs = model(input_ids=input_ids, output_hidden_states=self.two_stage, use_cache=False, **how)
         losses = token_losses(outputs.logits, input_ids)
         answered = inputs["labels"][:, 1:] != -100
         terms = {"answer": (losses * answered).sum() / answered.sum(), "language": losses[:, : prompt - 1].mean()}

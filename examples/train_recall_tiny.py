@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small ReMamba that reads books and recalls a number planted far back, from scratch, with `transformers.Trainer`.
+"""Trains a small model that reads books and recalls a number planted far back, from scratch, with `transformers.Trainer`.
 
-    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --max-minutes 7      # one GPU
-    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --family remamba2    # ReMamba-2
-    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --plain         # plain Mamba, the same batches
-    python examples/train_remamba_tiny.py --books BOOKS --output OUTPUT --smoke         # CPU, a few minutes, much smaller
+    python examples/train_recall_tiny.py --books BOOKS --output OUTPUT --max-minutes 7      # ReMamba, on one GPU
+    python examples/train_recall_tiny.py --books BOOKS --output OUTPUT --family remamba2    # ReMamba-2; or memmamba
+    python examples/train_recall_tiny.py --books BOOKS --output OUTPUT --plain         # its plain Mamba, the same batches
+    python examples/train_recall_tiny.py --books BOOKS --output OUTPUT --smoke         # CPU, a few minutes, much smaller
 
 BOOKS is a folder of .txt files. OUTPUT receives the tokenizer and the tokens (`data/`), checkpoints that `--resume` takes
 up (`checkpoints-*/`), and the model (`model/`, bf16) with the record of its training (`training.json`).
 
-The curriculum: first a plain trunk learns to copy a number, from prompts of 64 tokens to 256, while the compressor's
-values learn to look like the text they stand for, and its scores where the evidence is. Then prompts are compressed,
-first to every vector, then to fewer, while they grow. See remamba_hf/training/recall_losses.py.
+The curriculum of ReMamba: first a plain trunk learns to copy a number, from prompts of 64 tokens to 256, while the
+compressor's values learn to look like the text they stand for, and its scores where the evidence is. Then prompts are
+compressed, first to every vector, then to fewer, while they grow. See remamba_hf/training/recall_losses.py.
+
+The curriculum of MemMamba: prompts grow to 4,096 tokens, and from 512 tokens on they hold other people's numbers too.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import math
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArgum
 from transformers.trainer_utils import get_last_checkpoint
 
 import remamba_hf
+from remamba_hf import MemMambaConfig, MemMambaForCausalLM
 from remamba_hf.families import FAMILIES
 from remamba_hf.training.book_tokens import prepare_books, write_json
 from remamba_hf.training.recall_data import RecallDataset, RecallLevel, RecallSampler
@@ -37,6 +40,8 @@ from remamba_hf.training.recall_losses import LossWeights
 from remamba_hf.training.recall_trainer import Curriculum, RecallTrainer, take_batch
 
 WIDE = (0.3, 0.95)
+CLASSES = {name: (family.config_class, family.model_class) for name, family in FAMILIES.items()}
+CLASSES["memmamba"] = (MemMambaConfig, MemMambaForCausalLM)
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ class Recipe:
     logging_steps: int
     save_steps: int
     levels: tuple[RecallLevel, ...]
-    # The mixer of each family, of about the same number of parameters.
-    mixers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # What each family's configuration has of its own; their models have about the same number of parameters.
+    families: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: LossWeights = LossWeights()  # noqa: RUF009 - frozen
     weight_decay: float = 0.1
     # Shares of the budget: after the first the learning rate falls in any case, after the second a model that has not
@@ -66,14 +71,28 @@ class Recipe:
     give_up_at: float = 0.15
     attempts: int = 4
     compressor_from_level: int = 0
-    # Inference settings written into the configuration.
+    # Inference settings of a model that compresses, written into its configuration.
     span: float = 0.95
     ratio: float = 0.03
     max_kept: int = 512
 
+    def settings_of(self, family: str) -> dict[str, Any]:
+        """Arguments of the configuration that only this family has."""
+        if family == "memmamba":
+            return self.families[family]
+        return self.families[family] | {
+            "compression_span": self.span,
+            "compression_ratio": self.ratio,
+            "compression_max_kept": self.max_kept,
+            # What the last level draws, for whoever trains the model further.
+            "train_compression_span": self.levels[-1].span,
+            "train_compression_ratio": self.levels[-1].ratio,
+            "train_compression_tail": 0,
+        }
+
 
 FULL = Recipe(
-    mixers={
+    families={
         "remamba": dict(state_size=16),
         "remamba2": dict(state_size=64, num_heads=8, head_dim=64, n_groups=1, chunk_size=128),
     },
@@ -102,7 +121,7 @@ FULL = Recipe(
     ),
 )
 SMOKE = Recipe(
-    mixers={
+    families={
         "remamba": dict(state_size=16),
         "remamba2": dict(state_size=32, num_heads=4, head_dim=32, n_groups=1, chunk_size=64),
     },
@@ -133,14 +152,37 @@ SMOKE = Recipe(
 )
 
 
+FULL_NOTES = replace(
+    FULL,
+    families={"memmamba": dict(state_size=16), "remamba": dict(state_size=16)},
+    levels=(
+        RecallLevel((64, 80)),
+        RecallLevel((128,)),
+        RecallLevel((192, 256)),
+        RecallLevel((384, 512)),
+        RecallLevel((512, 1024), distractors=1),
+        RecallLevel((1024, 2048), distractors=2),
+        RecallLevel((1024, 2048, 4096), distractors=4),
+    ),
+)
+SMOKE_NOTES = replace(
+    SMOKE,
+    families={
+        "memmamba": dict(state_size=16, note_size=32, pool_size=16, chunk_size=16, cross_layer_period=0),
+        "remamba": dict(state_size=16),
+    },
+    levels=(RecallLevel((56,)), RecallLevel((64, 80)), RecallLevel((96, 128)), RecallLevel((192, 256))),
+)
+
+
 def new_model(recipe: Recipe, family: str, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """A model with random weights, a function of the seed."""
     set_seed(seed)
-    config = FAMILIES[family].config_class(
+    config_class, model_class = CLASSES[family]
+    config = config_class(
         vocab_size=recipe.vocab_size,
         hidden_size=recipe.hidden_size,
         num_hidden_layers=recipe.layers,
-        **recipe.mixers[family],
         # Tied embeddings are also the head: 0.1, Mamba's default, makes the first logits too sure of themselves.
         initializer_range=recipe.initializer_range,
         residual_in_fp32=False,
@@ -148,18 +190,13 @@ def new_model(recipe: Recipe, family: str, tokenizer: PreTrainedTokenizerFast, s
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
-        compression_span=recipe.span,
-        compression_ratio=recipe.ratio,
-        compression_max_kept=recipe.max_kept,
-        # What the last level draws, for whoever trains the model further.
-        train_compression_span=recipe.levels[-1].span,
-        train_compression_ratio=recipe.levels[-1].ratio,
-        train_compression_tail=0,
+        **recipe.settings_of(family),
     )
-    model = FAMILIES[family].model_class(config)
-    with torch.no_grad():
-        # Values are trained towards embeddings: begin near their size.
-        model.backbone.compressor.value[2].weight.mul_(0.1)
+    model = model_class(config)
+    if family in FAMILIES:
+        with torch.no_grad():
+            # Values are trained towards embeddings: begin near their size.
+            model.backbone.compressor.value[2].weight.mul_(0.1)
     return model
 
 
@@ -234,7 +271,7 @@ def build(
         processing_class=tokenizer,
         weights=recipe.weights,
         curriculum=curriculum,
-        two_stage=not arguments.plain,
+        two_stage=arguments.family in FAMILIES and not arguments.plain,
         compressor_from_level=recipe.compressor_from_level,
     )
     return trainer, curriculum
@@ -247,7 +284,7 @@ def save(trainer: RecallTrainer, curriculum: Curriculum, recipe: Recipe, argumen
     with tempfile.TemporaryDirectory(dir=arguments.output) as exact:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(exact)
         # Loading in bf16 leaves in fp32 what has to stay there (A_log, D, the biases of the step size).
-        rounded = FAMILIES[arguments.family].model_class.from_pretrained(exact, dtype=torch.bfloat16)
+        rounded = CLASSES[arguments.family][1].from_pretrained(exact, dtype=torch.bfloat16)
     partial = arguments.output / "model.partial"
     rounded.save_pretrained(partial)
     trainer.processing_class.save_pretrained(partial)
@@ -284,8 +321,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for everything this script writes")
     parser.add_argument("--data", type=Path, help="folder of tokenizer and tokens (default: OUTPUT/data)")
     parser.add_argument("--exclude", default="jane austen", help="leave out books whose text matches this expression")
-    parser.add_argument("--family", choices=sorted(FAMILIES), default="remamba", help="on Mamba-1 or on Mamba-2")
-    parser.add_argument("--plain", action="store_true", help="train a plain Mamba: one stage, no compressor")
+    parser.add_argument("--family", choices=sorted(CLASSES), default="remamba", help="which model to train")
+    parser.add_argument("--plain", action="store_true", help="train a plain Mamba: one stage, no compressor, no notes")
     parser.add_argument("--smoke", action="store_true", help="a very small model on short prompts, for the CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-minutes", type=float, default=math.inf, help="stop in time, learning rate included")
@@ -301,7 +338,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    recipe = SMOKE if arguments.smoke else FULL
+    if arguments.family == "memmamba":
+        recipe = SMOKE_NOTES if arguments.smoke else FULL_NOTES
+        # Its plain Mamba is read by the other family on Mamba-1, without compression.
+        arguments.family = "remamba" if arguments.plain else arguments.family
+    else:
+        recipe = SMOKE if arguments.smoke else FULL
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.prepare_only:
         prepare_books(arguments.books, arguments.data, recipe.vocab_size, recipe.max_tokens, arguments.exclude)
