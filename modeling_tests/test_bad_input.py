@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What cannot be honoured is refused before work is lost, by one error that says what to do instead."""
 
+import json
+import math
 import re
 
 import pytest
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
-from modeling_tests.modeling.tiny_models import random_rows, tiny_config, tiny_model
-from remamba_hf import ReMamba2Config
-from remamba_hf.families import FAMILIES
+from modeling_tests.modeling.tiny_models import random_rows, tiny_config, tiny_memmamba, tiny_model
+from remamba_hf import MemMambaConfig, ReMamba2Config
+from remamba_hf.families import ALL_FAMILIES, FAMILIES
 
 IDS = torch.stack(random_rows([20, 20]))
 MASK = torch.ones_like(IDS)
@@ -25,6 +27,21 @@ def family(request):
 @pytest.fixture(scope="module")
 def model(family):
     return tiny_model(torch.float32, family=family)
+
+
+def tiny(family, **settings):
+    make = tiny_memmamba if family == "memmamba" else tiny_model
+    return make(torch.float32, **settings, **({} if family == "memmamba" else {"family": family}))
+
+
+@pytest.fixture(scope="module", params=ALL_FAMILIES)
+def any_family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def any_model(any_family):
+    return tiny(any_family)
 
 
 def filled_cache(model):
@@ -78,17 +95,45 @@ REMAMBA2_CONFIGURATIONS = [
     (dict(time_step_limit=[0.0, float("nan")]), "time_step_limit.*(low, high).*nan"),
 ]
 
-CALLS = [
+MEMMAMBA_CONFIGURATIONS = [
+    *((dict([(name, 0)]), f"{name}.*at least 1, got 0") for name in ("note_size", "pool_size", "note_heads", "chunk_size")),
+    *((dict([(name, 0)]), f"{name}.*at least 1, got 0") for name in ("cross_layer_group", "pooling_window", "write_span")),
+    (dict(cross_layer_period=-1), "cross_layer_period.*at least 0, got -1"),
+    (dict(pool_size=2.5), "pool_size.*integer.*2.5"),
+    (dict(chunk_size=True), "chunk_size.*integer.*True"),
+    (dict(note_size="64"), "note_size.*integer.*'64'"),
+    (dict(note_size=10, note_heads=4), "note_size=10.*no multiple of note_heads=4"),
+    (dict(write_period=10, write_span=20), "write_period.*at least 20, got 10"),
+    (dict(write_rule="best"), "write_rule.*'priority', 'fifo', 'periodic'.*'best'"),
+    (dict(write_rule=None), "write_rule.*'priority', 'fifo', 'periodic'.*None"),
+    (dict(fusion="sum"), "fusion.*gated.*residual.*elementwise.*conv1d.*weighted.*'sum'"),
+    (dict(fusion_position="middle"), "fusion_position.*'pre', 'post'.*'middle'"),
+    (dict(pooling="median"), "pooling.*'none', 'max', 'mean'.*'median'"),
+    *((dict([(name, 1.0)]), f"{name}.*[0, 1), got 1.0") for name in ("write_threshold", "read_threshold")),
+    *((dict([(name, -0.1)]), f"{name}.*[0, 1), got -0.1") for name in ("write_threshold", "read_threshold")),
+    *((dict([(name, math.nan)]), f"{name}.*[0, 1), got nan") for name in ("write_threshold", "read_threshold")),
+    *((dict([(name, "0.5")]), f"{name}.*number.*'0.5'") for name in ("write_threshold", "read_threshold")),
+    (dict(recency_weight=-1.0), "recency_weight.*at least 0, got -1"),
+    (dict(recency_weight=math.inf), "recency_weight.*finite.*inf"),
+    (dict(recency_weight=math.nan), "recency_weight.*finite.*nan"),
+    (dict(recency_weight=None), "recency_weight.*number.*None"),
+    (dict(hidden_act="gelu"), "hidden_act.*silu"),
+]
+
+COMPRESSED_CALLS = [
     *SETTINGS,
     (dict(compression_span=[0.1, 0.2, 0.3]), "compression_span has 3 values for 2 rows"),
     (dict(compression_span=[0.1, 2.0]), "compression_span.*(0, 1].*2.0"),
     (dict(compression_ratio=torch.tensor([0.1])), "compression_ratio has 1 values for 2 rows"),
+    (dict(attention_mask=NO_SECOND_ROW, compress_prompt=True), "rows [1].*all zeros.*Drop"),
+]
+
+CALLS = [
     (dict(input_ids=IDS + 40), "input_ids range.*vocabulary has ids 0 to 49.*tokenizer"),
     (dict(input_ids=IDS - 10), "input_ids range.*vocabulary has ids 0 to 49.*tokenizer"),
     (dict(input_ids=IDS[:, :0]), "at least one token"),
     (dict(prefill_chunk_length=0), "prefill_chunk_length.*at least 1"),
     (dict(prefill_chunk_length=2.5), "prefill_chunk_length.*integer"),
-    (dict(attention_mask=NO_SECOND_ROW, compress_prompt=True), "rows [1].*all zeros.*Drop"),
 ]
 
 FORWARDS = [
@@ -99,15 +144,6 @@ FORWARDS = [
     (dict(attention_mask=MASK[:, :19]), "attention_mask has the shape.*expected (2, 20)"),
     (dict(attention_mask=MASK[:1]), "attention_mask has the shape.*expected (2, 20)"),
     (dict(attention_mask=MASK[:, None, None]), "attention_mask has the shape.*1 at tokens"),
-    (dict(attention_mask=NO_SECOND_ROW, prompt_lengths=[5, 5]), "prompt_lengths[1].*0 tokens"),
-    (dict(prompt_lengths=[5, 21]), "prompt_lengths[1] is 21.*20 tokens"),
-    (dict(prompt_lengths=[0, 5]), "prompt_lengths[0] is 0.*plain pass"),
-    (dict(prompt_lengths=[5]), "prompt_lengths.*2 rows.*a row"),
-    (dict(prompt_lengths=5), "prompt_lengths.*2 rows.*a row"),
-    (dict(prompt_lengths=torch.tensor(5)), "prompt_lengths.*2 rows.*a row"),
-    (dict(prompt_lengths=[5.0, 5.0]), "prompt_lengths[0] is 5.0.*whole number"),
-    (dict(prompt_lengths=[5, 16], attention_mask=torch.where(torch.arange(20) < 15, MASK, 0)), "[1] is 16.*15 tokens"),
-    (dict(prompt_lengths=[15, 16], labels=LABELS), "prompt_lengths[1] is 16, but labels begin after 15.*-100"),
     (dict(labels=LABELS[:, :10]), "labels.*(2, 20)"),
     (dict(labels=LABELS[0]), "labels.*(2, 20)"),
     (dict(prefill_chunk_length=5), "prefill_chunk_length is for inference.*no_grad"),
@@ -117,6 +153,30 @@ FORWARDS = [
     (dict(output_attentions=True), "no attention maps.*Leave it out"),
 ]
 
+COMPRESSED_FORWARDS = [
+    *COMPRESSED_CALLS,
+    (dict(attention_mask=NO_SECOND_ROW, prompt_lengths=[5, 5]), "prompt_lengths[1].*0 tokens"),
+    (dict(prompt_lengths=[5, 21]), "prompt_lengths[1] is 21.*20 tokens"),
+    (dict(prompt_lengths=[0, 5]), "prompt_lengths[0] is 0.*plain pass"),
+    (dict(prompt_lengths=[5]), "prompt_lengths.*2 rows.*a row"),
+    (dict(prompt_lengths=5), "prompt_lengths.*2 rows.*a row"),
+    (dict(prompt_lengths=torch.tensor(5)), "prompt_lengths.*2 rows.*a row"),
+    (dict(prompt_lengths=[5.0, 5.0]), "prompt_lengths[0] is 5.0.*whole number"),
+    (dict(prompt_lengths=[5, 16], attention_mask=torch.where(torch.arange(20) < 15, MASK, 0)), "[1] is 16.*15 tokens"),
+    (dict(prompt_lengths=[15, 16], labels=LABELS), "prompt_lengths[1] is 16, but labels begin after 15.*-100"),
+]
+
+# Given to a model that compresses nothing.
+OF_COMPRESSION = [
+    (dict([(name, value)]), f"no arguments.*{name}.*ReMamba")
+    for name, value in (
+        ("compress_prompt", True),
+        ("compress_prompt", False),
+        ("compression_span", 0.3),
+        ("prompt_lengths", [5, 5]),
+    )
+]
+
 GENERATIONS = [
     *CALLS,
     (dict(input_ids=IDS[0]), "[batch, length]"),
@@ -124,6 +184,7 @@ GENERATIONS = [
     (dict(attention_mask=NO_SECOND_ROW), "rows [1].*all zeros.*Drop"),
     (dict(prompt_lengths=[5, 5]), "prompt_lengths"),
     (dict(compression_spam=0.2), "compression_spam"),
+    (dict(output_noets=True), "output_noets"),
     (dict(prompt_lookup_num_tokens=3), "prompt_lookup_num_tokens.*rolled back.*Leave"),
     (dict(prefill_chunk_size=8), "prefill_chunk_size.*prefill_chunk_length"),
     (dict(guidance_scale=1.5), "guidance_scale.*Leave it out"),
@@ -154,16 +215,60 @@ def test_configurations_of_heads_and_steps(given, words):
         ReMamba2Config(**{**dict(hidden_size=16, num_heads=4, head_dim=8, n_groups=2, state_size=4), **given})
 
 
+@pytest.mark.parametrize(("given", "words"), MEMMAMBA_CONFIGURATIONS, ids=names(MEMMAMBA_CONFIGURATIONS))
+def test_configurations_of_the_memory(given, words):
+    with pytest.raises(ValueError, match=matching(words)):
+        MemMambaConfig(**{**dict(hidden_size=16, state_size=4), **given})
+
+
+def test_configurations_of_the_memory_are_checked_at_load(tmp_path):
+    model = tiny_memmamba(torch.float32)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=matching("pool_size.*at least 1")):
+        type(model).from_pretrained(tmp_path, pool_size=0)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"write_rule": "best"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=matching("write_rule.*'best'")):
+        type(model).from_pretrained(tmp_path)
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize(("given", "words"), FORWARDS, ids=names(FORWARDS))
-def test_forwards(model, given, words):
+def test_forwards(any_model, given, words):
+    with pytest.raises(ValueError, match=matching(words)):
+        any_model(**{**dict(input_ids=IDS), **given})
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("given", "words"), COMPRESSED_FORWARDS, ids=names(COMPRESSED_FORWARDS))
+def test_forwards_of_compression(model, given, words):
     with pytest.raises(ValueError, match=matching(words)):
         model(**{**dict(input_ids=IDS), **given})
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize(("given", "words"), OF_COMPRESSION, ids=names(OF_COMPRESSION))
+def test_what_compresses_nothing(given, words):
+    model = tiny_memmamba(torch.float32)
+    with pytest.raises(ValueError, match=matching(words)):
+        model(IDS, **given)
+    with pytest.raises(ValueError, match=next(iter(given))):
+        model.generate(IDS, max_new_tokens=2, **given)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("given", "words"), COMPRESSED_CALLS, ids=names(COMPRESSED_CALLS))
+def test_generations_of_compression(model, given, words):
+    refuses_before_a_pass(model, given, words)
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize(("given", "words"), GENERATIONS, ids=names(GENERATIONS))
-def test_generations(model, given, words):
+def test_generations(any_model, given, words):
+    refuses_before_a_pass(any_model, given, words)
+
+
+def refuses_before_a_pass(model, given, words):
     passes = []
     handle = model.backbone.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
     try:
@@ -174,14 +279,14 @@ def test_generations(model, given, words):
     assert not passes, "refused only after a pass over the prompt"
 
 
-def test_assisted_decoding(model):
+def test_assisted_decoding(any_model):
     with pytest.raises(ValueError, match=matching("assistant_model.*rolled back.*Leave")):
-        model.generate(IDS, assistant_model=model, max_new_tokens=2)
+        any_model.generate(IDS, assistant_model=any_model, max_new_tokens=2)
 
 
-def test_modes_of_the_models_own_configuration(family):
+def test_modes_of_the_models_own_configuration(any_family):
     """transformers' words, but no silence either."""
-    model = tiny_model(torch.float32, family=family)
+    model = tiny(any_family)
     for name, value in (("prompt_lookup_num_tokens", 3), ("prefill_chunk_size", 8), ("guidance_scale", 1.5)):
         setattr(model.generation_config, name, value)
         with pytest.raises(ValueError):
@@ -197,12 +302,47 @@ def test_compression_forced_on_a_filled_cache(model):
         model.generate(IDS, past_key_values=filled_cache(model), compress_prompt=True, max_new_tokens=2)
 
 
-def test_a_cache_of_other_rows(model):
-    cache = filled_cache(model)
+def test_a_cache_of_other_rows(any_model):
+    cache = filled_cache(any_model)
     with pytest.raises(ValueError, match=matching("The cache holds 2 rows, the input 1.*reorder_cache")):
-        model(IDS[:1], cache_params=cache)
+        any_model(IDS[:1], cache_params=cache)
     with pytest.raises(ValueError, match=matching("The cache holds 2 rows, the input 4.*reorder_cache")):
-        model.generate(IDS, past_key_values=cache, num_beams=2, max_new_tokens=2)
+        any_model.generate(IDS, past_key_values=cache, num_beams=2, max_new_tokens=2)
+
+
+def foreign_caches(family):
+    """Filled by models of other kinds, of other sizes and with other memories; and empty ones of other layouts."""
+    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=3, state_size=4)
+    others = [tiny(other) for other in ALL_FAMILIES if other != family]
+    if family == "memmamba":  # ReMamba's states are plain Mamba's
+        others.append(MambaForCausalLM(MambaConfig(**sizes, bos_token_id=1, pad_token_id=0, eos_token_id=None)))
+        others += [tiny(family, pool_size=4), tiny(family, note_size=4), tiny(family, chunk_size=8)]
+    others += [tiny(family, num_hidden_layers=2), tiny(family, state_size=8)]
+    for other in others:
+        yield filled_cache(other)
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0))
+    yield gpt2(IDS, use_cache=True).past_key_values
+    yield DynamicCache()
+    yield DynamicCache(config=gpt2.config)
+    yield DynamicCache(config=tiny("remamba2" if family == "memmamba" else "memmamba").config)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model(any_family, any_model):
+    """Whatever its states are: never a wrong continuation, and never an error from inside a layer."""
+    words = matching("cache.*another model.*DynamicCache(config=model.config)")
+    for cache in foreign_caches(any_family):
+        with pytest.raises(ValueError, match=words):
+            any_model(IDS, cache_params=cache)
+        with pytest.raises(ValueError, match=words):
+            any_model.generate(IDS, past_key_values=cache, max_new_tokens=2)
+
+
+def test_a_fresh_cache_is_filled(any_model):
+    cache = DynamicCache(config=any_model.config)
+    sequences = any_model.generate(IDS, past_key_values=cache, max_new_tokens=2)
+    assert torch.equal(sequences, any_model.generate(IDS, max_new_tokens=2))
+    assert cache.has_previous_state()
 
 
 def test_an_empty_cache_may_be_compressed_into(model):
@@ -216,42 +356,51 @@ def test_initialize_compressor_of_another_width(family):
 
 
 def other_kinds(family):
-    """A model of another architecture, and the other family's, plain and two-stage."""
+    """A model of another architecture, and the other families', plain where it is of another type, and their own."""
     yield GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0))
-    for name, other in FAMILIES.items():
-        if name != family:
-            yield tiny_model(torch.float32, family=name)
-            own = {} if name == "remamba" else dict(num_heads=4, head_dim=8, n_groups=1)
+    plain_types = {ALL_FAMILIES[family].plain_type}
+    for name, other in ALL_FAMILIES.items():
+        if name == family:
+            continue
+        yield tiny(name)
+        if other.plain_type not in plain_types:
+            plain_types.add(other.plain_type)
+            own = dict(num_heads=4, head_dim=8, n_groups=1) if name == "remamba2" else {}
             yield other.plain_model_class(
                 other.plain_config_class(vocab_size=50, hidden_size=16, num_hidden_layers=1, **own)
             )
 
 
-def test_a_checkpoint_of_another_kind(family, tmp_path):
-    refused = []
+def test_a_checkpoint_of_another_kind(any_family, tmp_path):
+    family, refused = any_family, []
     for other in other_kinds(family):
         kind = other.config.model_type
         other.save_pretrained(tmp_path / kind)
         with pytest.raises(ValueError, match=matching(f"'{kind}'.*AutoModelForCausalLM.*'{family}'")):
-            FAMILIES[family].model_class.from_pretrained(tmp_path / kind)
+            ALL_FAMILIES[family].model_class.from_pretrained(tmp_path / kind)
         refused.append(kind)
-    assert refused == ["gpt2", *(["remamba2", "mamba2"] if family == "remamba" else ["remamba", "mamba"])]
+    expected = {
+        "remamba": ["gpt2", "remamba2", "mamba2", "memmamba"],
+        "remamba2": ["gpt2", "remamba", "mamba", "memmamba"],
+        "memmamba": ["gpt2", "remamba", "remamba2", "mamba2"],
+    }
+    assert refused == expected[family]
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
-def test_a_truncated_checkpoint(model, family, tmp_path, kept):
-    model.save_pretrained(tmp_path)
+def test_a_truncated_checkpoint(any_model, any_family, tmp_path, kept):
+    any_model.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[: int(len(data) * kept)])
     with pytest.raises(OSError, match=r"damaged or cut off.*Get the files again"):
-        FAMILIES[family].model_class.from_pretrained(tmp_path)
+        ALL_FAMILIES[any_family].model_class.from_pretrained(tmp_path)
 
 
-def test_a_file_in_the_place_of_the_folder(model, tmp_path):
+def test_a_file_in_the_place_of_the_folder(any_model, tmp_path):
     (tmp_path / "taken").write_text("something else")
     with pytest.raises(FileExistsError, match="taken is a file"):
-        model.save_pretrained(tmp_path / "taken")
+        any_model.save_pretrained(tmp_path / "taken")
     assert (tmp_path / "taken").read_text() == "something else"
 
 

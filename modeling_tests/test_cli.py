@@ -20,35 +20,58 @@ from transformers import (
     MambaForCausalLM,
 )
 
+from remamba_hf import MemMambaConfig, MemMambaForCausalLM
 from remamba_hf.checkpoint_files import CheckpointError
 from remamba_hf.cli import main
-from remamba_hf.families import FAMILIES
+from remamba_hf.families import ALL_FAMILIES, FAMILIES
 from remamba_hf.modeling import optional_kernels
-from remamba_hf.reading import load_for_reading, plot_kept, question_prompt, read_and_answer
+from remamba_hf.notes_picture import layer_groups, plot_notes
+from remamba_hf.reading import LayerNotes, load_for_reading, plot_kept, question_prompt, read_and_answer
 from remamba_hf.training.book_tokens import train_book_tokenizer
 
 DOCUMENT = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n" * 12
 
 
 # A family's tiny configuration, and the channels of its convolution.
+COMPRESSION = dict(compression_span=0.5, compression_ratio=0.1)
 TINY = {
-    "remamba": (dict(state_size=4), 48),
-    "remamba2": (dict(state_size=4, num_heads=6, head_dim=8, n_groups=2), 48 + 2 * 2 * 4),
+    "remamba": (dict(state_size=4, **COMPRESSION), 48),
+    "remamba2": (dict(state_size=4, num_heads=6, head_dim=8, n_groups=2, **COMPRESSION), 48 + 2 * 2 * 4),
+    "memmamba": (dict(state_size=4, note_size=8, note_heads=2, pool_size=5, chunk_size=16, cross_layer_period=1), 48),
 }
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def checkpoint(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
+def make_checkpoint(model_type, folder):
     torch.manual_seed(3)
     tokenizer = train_book_tokenizer([DOCUMENT], 280)
-    family = FAMILIES[request.param]
-    sizes = dict(vocab_size=280, hidden_size=24, num_hidden_layers=2, **TINY[request.param][0])
-    model = family.model_class(family.config_class(**sizes, compression_span=0.5, compression_ratio=0.1))
+    family = ALL_FAMILIES[model_type]
+    model = family.model_class(
+        family.config_class(vocab_size=280, hidden_size=24, num_hidden_layers=2, **TINY[model_type][0])
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_reader." in name:  # what is read counts, and some notes are read more than others
+                parameter.add_(torch.randn_like(parameter))
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def checkpoint(request, tmp_path_factory):
+    """Of a model that compresses prompts."""
+    return make_checkpoint(request.param, tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def memmamba(tmp_path_factory):
+    return make_checkpoint("memmamba", tmp_path_factory.mktemp("memmamba"))
+
+
+@pytest.fixture(scope="module", params=list(ALL_FAMILIES))
+def any_checkpoint(request, tmp_path_factory):
+    return make_checkpoint(request.param, tmp_path_factory.mktemp("any"))
 
 
 @pytest.fixture
@@ -60,17 +83,18 @@ def generate(checkpoint, *options, prompt=DOCUMENT):
     return main(["generate", "--model", str(checkpoint), "--prompt", prompt, "--max-new-tokens", "8", *options])
 
 
-def test_generate_prints_the_answer_alone_on_stdout(checkpoint, capsys):
-    model, tokenizer = load_for_reading(str(checkpoint))
+def test_generate_prints_the_answer_alone_on_stdout(any_checkpoint, capsys):
+    model, tokenizer = load_for_reading(str(any_checkpoint))
+    kept = "kept " if ALL_FAMILIES[model.config.model_type].compresses else "notes "
     ids = tokenizer(question_prompt(DOCUMENT, "Who?"), return_tensors="pt")["input_ids"]
     new = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     expected = tokenizer.decode(new, skip_special_tokens=True)
     capsys.readouterr()
     for stream in ("--stream", "--no-stream"):
-        assert generate(checkpoint, "--question", "Who?", stream) == 0
+        assert generate(any_checkpoint, "--question", "Who?", stream) == 0
         out, err = capsys.readouterr()
         assert out.strip() == expected.strip()
-        for word in ("prompt ", "kept ", "prefill ", "decode ", "state ", "cpu, float32"):
+        for word in ("prompt ", kept, "prefill ", "decode ", "state ", "cpu, float32"):
             assert word in err
     assert f"{ids.shape[1]:,} tokens" in err
 
@@ -93,15 +117,15 @@ def test_generate_settings_reach_the_model(checkpoint, capsys):
     assert f"{len(reading.positions):,} of the {reading.window.length:,} in the window" in kept
 
 
-def test_prompt_file_and_stdin(checkpoint, tmp_path, capsys, monkeypatch):
+def test_prompt_file_and_stdin(any_checkpoint, tmp_path, capsys, monkeypatch):
     (tmp_path / "book.txt").write_text(DOCUMENT)
     answers = []
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(read=lambda: DOCUMENT))
     for source in (str(tmp_path / "book.txt"), "-"):
-        arguments = ["generate", "--model", str(checkpoint), "--prompt-file", source, "--max-new-tokens", "8"]
+        arguments = ["generate", "--model", str(any_checkpoint), "--prompt-file", source, "--max-new-tokens", "8"]
         assert main(arguments) == 0
         answers.append(capsys.readouterr().out)
-    assert generate(checkpoint) == 0
+    assert generate(any_checkpoint) == 0
     assert answers == [capsys.readouterr().out] * 2
 
 
@@ -145,6 +169,78 @@ def test_reading_tells_what_was_kept(checkpoint, tmp_path):
         plot_kept(plain, tmp_path / "plain.png")
 
 
+def test_reading_tells_what_was_noted(memmamba, tmp_path):
+    """As one pass over the whole prompt gives it, whatever the chunks that it was read in."""
+    pytest.importorskip("matplotlib")
+    model, tokenizer = load_for_reading(str(memmamba))
+    calls = []
+    reading = read_and_answer(
+        model,
+        tokenizer,
+        DOCUMENT,
+        "Who?",
+        max_new_tokens=5,
+        prefill_chunk_length=50,
+        prefill_progress=lambda *counts: calls.append(counts),
+    )
+    ids = tokenizer(question_prompt(DOCUMENT, "Who?"), return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = model(ids, output_notes=True)
+    config = model.config
+    assert len(reading.notes) == config.num_hidden_layers
+    for layer, notes in enumerate(reading.notes):
+        assert notes.positions == expected.note_positions[layer][0].tolist()
+        assert notes.scores == pytest.approx(expected.note_scores[layer][0].tolist(), abs=1e-5)
+        assert notes.reads == pytest.approx(expected.note_reads[layer][0].tolist(), abs=1e-4)
+        assert len(set(notes.positions)) == config.pool_size
+        assert 0 < sum(notes.reads) < 1
+    largest = {}
+    for notes in reading.notes:
+        for position, read in zip(notes.positions, notes.reads, strict=True):
+            largest[position] = max(read, largest.get(position, 0))
+    best = max(largest, key=largest.get)
+    assert largest[best] > 0.01
+    assert reading.passages[0].start <= best < reading.passages[0].stop
+    assert reading.passages[0].score == largest[best]
+    assert {p for passage in reading.passages for p in range(passage.start, passage.stop)} >= set(largest)
+    assert (reading.positions, reading.scores, reading.window.length) == ([], [], 0)
+    assert f"{len(largest)} tokens; most read: {largest[best]:.2f}" in reading.report()
+    memory = config.chunk_size * (config.note_size + 1) + (config.pool_size + 1) * (config.note_size + 2)
+    mixer = config.intermediate_size * (config.state_size + config.conv_kernel)
+    assert reading.state_bytes == 4 * config.num_hidden_layers * (mixer + memory)
+    assert calls[-1] == (ids.shape[1],) * 2
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+    plot_notes(reading, tmp_path / "notes.png")
+    plot_notes(reading, tmp_path / "notes.svg")
+    assert (tmp_path / "notes.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.png", "notes.svg"]
+    with pytest.raises(ValueError, match="Nothing was compressed"):
+        plot_kept(reading, tmp_path / "kept.png")
+    short = read_and_answer(model, tokenizer, "a", max_new_tokens=1)
+    assert not any(notes.positions for notes in short.notes)
+    assert "0 in 2 layers, of 0 tokens" in short.report()
+    with pytest.raises(ValueError, match=r"pools were empty.*Give a longer document"):
+        plot_notes(short, tmp_path / "short.png")
+
+
+def test_picture_of_many_layers_and_of_empty_ones(memmamba, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert [list(group) for group in layer_groups(2)] == [[0], [1]]
+    for layers in (6, 7, 24, 25, 64):
+        groups = layer_groups(layers)
+        assert [layer for group in groups for layer in group] == list(range(layers))
+        assert len(groups) <= 6
+        assert len({len(group) for group in groups[:-1]}) == 1
+    reading = read_and_answer(*load_for_reading(str(memmamba)), DOCUMENT, max_new_tokens=1)
+    reading.notes = [*reading.notes, LayerNotes([], [], []), LayerNotes([3], [1e-9], [0.0])] * 6
+    plot_notes(reading, tmp_path / "notes.svg")
+    picture = (tmp_path / "notes.svg").read_text()
+    for words in ("layers 0 to 3", "layers 20 to 23"):
+        assert words in picture, words
+
+
 def test_question_prompt_is_that_of_the_recall_task():
     from remamba_hf.training.recall_data import QUESTIONS
 
@@ -168,6 +264,30 @@ def replace_by(model_class, config):
         model_class(config).save_pretrained(folder)
 
     return replace
+
+
+def test_generate_draws_what_was_noted(memmamba, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert generate(memmamba, "--plot", str(tmp_path / "notes.pdf")) == 0
+    assert (tmp_path / "notes.pdf").read_bytes().startswith(b"%PDF")
+    assert f"plot     {tmp_path / 'notes.pdf'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--compression-span", "0.3"], "--compression-span"),
+        (["--compression-start", "0"], "--compression-start"),
+        (["--no-compression"], "--no-compression"),
+        (["--compare-plain", "--compression-ratio", "0.5"], "--compression-ratio, --compare-plain"),
+    ],
+)
+def test_nothing_to_compress(memmamba, capsys, monkeypatch, options, named):
+    monkeypatch.setattr("remamba_hf.reading.load_for_reading", lambda *_: pytest.fail("loaded the weights first"))
+    assert generate(memmamba, *options) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert f"is a MemMamba, which compresses no prompts: leave out {named}." in err
 
 
 LLAMA = LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
@@ -283,6 +403,42 @@ def test_convert(family, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mamba", "out"]
 
 
+def test_convert_to_memmamba(tmp_path, capsys):
+    model_class, config = PLAIN["remamba"]
+    model_class(config).save_pretrained(tmp_path / "mamba")
+    arguments = ["convert", str(tmp_path / "mamba"), str(tmp_path / "out"), "--to", "memmamba"]
+    settings = dict(note_size=8, pool_size=7, recency_weight=0.5, write_rule="fifo", cross_layer_period=0)
+    given = [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    for refused, message in (
+        (["--init-compressor"], "MemMamba has no compressor"),
+        (["--adapter", str(tmp_path)], "leave out --adapter"),
+        (["--compression-span", "0.3"], "MemMamba has no settings ['compression_span']"),
+        (["--note-size", "7"], "no multiple of note_heads"),
+        (["--write-rule", "best"], "write_rule must be one of"),
+    ):
+        assert main([*arguments, *refused]) == 1
+        assert message in capsys.readouterr().err
+    assert main([*arguments, *given]) == 0
+    out = capsys.readouterr().out
+    for words in ("Mamba-1", "verified: plain logits", "loaded again", "UNTRAINED but harmless", "no tokenizer"):
+        assert words in out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model) is MemMambaForCausalLM
+    assert {name: getattr(model.config, name) for name in settings} == settings
+    assert main(["convert", str(tmp_path / "mamba"), str(tmp_path / "two"), "--pool-size", "7"]) == 1
+    assert "--to memmamba" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mamba", "out"]
+
+
+def test_every_setting_of_the_memory_can_be_given(capsys):
+    own = set(MemMambaConfig.__annotations__) - {"model_type", "plain_model_type", "family", "class_prefix"}
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    text = capsys.readouterr().out
+    missing = [name for name in own - {"keys_to_ignore_at_inference"} if f"--{name.replace('_', '-')}" not in text]
+    assert not missing
+
+
 def test_doctor_without_kernels(capsys, monkeypatch):
     monkeypatch.setattr(optional_kernels, "load_kernel", lambda name: (None, "OSError: undefined symbol\n  xyz"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -295,8 +451,8 @@ def test_doctor_without_kernels(capsys, monkeypatch):
         assert "not usable" in line
         assert "undefined symbol xyz" in line
         assert kernel.package in line
-        users = [family.name for family in FAMILIES.values() if name in family.kernels]
-        assert f"for {' and '.join(users)})" in line
+        users = [family.name for family in ALL_FAMILIES.values() if name in family.kernels]
+        assert f"for {', '.join(users)})" in line
         assert users
     assert "torch operators do the same work" in out
     assert "pip install" in out
@@ -316,9 +472,9 @@ def test_families_name_the_kernels_that_their_code_asks_for():
                 names |= asked_for(other, seen)
         return names
 
-    for family in FAMILIES.values():
+    for family in ALL_FAMILIES.values():
         assert asked_for(sys.modules[family.model_class.__module__], set()) == set(family.kernels), family.name
-    assert {name for family in FAMILIES.values() for name in family.kernels} == set(optional_kernels.KERNELS)
+    assert {name for family in ALL_FAMILIES.values() for name in family.kernels} == set(optional_kernels.KERNELS)
 
 
 def test_doctor_with_kernels(capsys, monkeypatch):

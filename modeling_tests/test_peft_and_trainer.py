@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from modeling_tests.modeling.tiny_models import assert_close, random_rows, tiny_model
-from remamba_hf.families import FAMILIES
+from modeling_tests.modeling.tiny_models import assert_close, random_rows, tiny_memmamba, tiny_model
+from remamba_hf.families import ALL_FAMILIES
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -20,13 +20,37 @@ BATCH = dict(input_ids=IDS, labels=LABELS)
 PROJECTIONS = {
     "remamba": ("in_proj", "x_proj", "dt_proj", "out_proj", "embeddings", "lm_head"),
     "remamba2": ("in_proj", "out_proj", "embeddings", "lm_head"),
+    "memmamba": ("in_proj", "x_proj", "dt_proj", "out_proj", "embeddings", "lm_head"),
 }
+# What each family adds to the projections of a plain model.
 COMPRESSOR = r".*compressor\.(query|key|value)\.(0|2)"
-# What a recipe trains in full: Theta; or Theta, the compressor and what else sets the step size or the scale.
+READERS = ("query", "key", "value", "output")
+ADDED = {
+    "remamba": (COMPRESSOR,),
+    "remamba2": (COMPRESSOR,),
+    "memmamba": (
+        *(["memory.note"], ["write_score"], ["gate"]),
+        *([f"token_reader.{name}"] for name in READERS),
+        *([f"layer_reader.{name}"] for name in READERS),
+    ),
+}
+# What a recipe trains in full: Theta; or Theta, the compressor and what else sets the step size or the scale; the memory.
 FULLY_TRAINED = {
     "remamba": (["adaptation"], ["adaptation", "compressor", "dt_proj"]),
     "remamba2": (["adaptation"], ["adaptation", "compressor", "norm"]),
+    "memmamba": (["memory"], ["token_reader", "write_score", "dt_proj"]),
 }
+# How a prompt of 40 tokens is read as `generate` reads it; and settings of training that draw.
+PROMPT = {"remamba": dict(prompt_lengths=[40, 40]), "remamba2": dict(prompt_lengths=[40, 40]), "memmamba": {}}
+WHOLE = {"remamba": dict(compress_prompt=True), "remamba2": dict(compress_prompt=True), "memmamba": {}}
+DRAWN = dict(train_compression_span=(0.2, 0.6), train_compression_ratio=(0.1, 0.9))
+DRAWS = {"remamba": DRAWN, "remamba2": DRAWN, "memmamba": {}}
+
+
+def tiny(family, **settings):
+    if family == "memmamba":
+        return tiny_memmamba(torch.float32, **settings)
+    return tiny_model(torch.float32, family=family, **settings)
 
 
 def for_each(choices):
@@ -35,14 +59,14 @@ def for_each(choices):
     return [pytest.param(family, choice, id=f"{family}-{choice}") for family, choice in pairs]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ALL_FAMILIES)
 def family(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def base(family):
-    return tiny_model(torch.float32, family=family)
+    return tiny(family)
 
 
 def with_lora(base, target, rank=2):
@@ -66,10 +90,10 @@ def greedy_logits(model):
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     ("family", "target"),
-    for_each({family: [*([name] for name in names), COMPRESSOR, "all-linear"] for family, names in PROJECTIONS.items()}),
+    for_each({family: [*([name] for name in names), *ADDED[family], "all-linear"] for family, names in PROJECTIONS.items()}),
     indirect=["family"],
 )
-def test_lora_acts_and_merges(base, target):
+def test_lora_acts_and_merges(base, family, target):
     """Gradients on every adapter, a changed forward and a changed generation, and the same after merging."""
     model = with_lora(base, target)
     output = model(**BATCH)
@@ -82,7 +106,7 @@ def test_lora_acts_and_merges(base, target):
     assert (output.logits - base(**BATCH).logits).abs().max() > 1e-4
     with torch.no_grad():
         sequences, steps = greedy_logits(model)
-        full = model(input_ids=sequences[:, :-1], prompt_lengths=[40, 40]).logits[:, -4:]
+        full = model(input_ids=sequences[:, :-1], **PROMPT[family]).logits[:, -4:]
         assert_close(steps, full, 1e-5, "decoding steps")
         merged = model.merge_and_unload()
         assert not [name for name, _ in merged.named_parameters() if "lora" in name]
@@ -94,7 +118,7 @@ def channels_of_the_convolution(model):
     return model.backbone.layers[0].mixer.conv1d.groups
 
 
-def test_lora_on_the_convolution(base):
+def test_lora_on_the_convolution(base, family):
     """PEFT wants the rank to be a multiple of the groups, and cannot merge it; unmerged it must act everywhere."""
     with pytest.warns(UserWarning, match="Merging is not supported"):
         model = with_lora(base, ["conv1d"], rank=channels_of_the_convolution(base))
@@ -104,23 +128,23 @@ def test_lora_on_the_convolution(base):
     assert (output.logits - base(**BATCH).logits).abs().max() > 1e-4
     with torch.no_grad():
         sequences, steps = greedy_logits(model)
-        full = model(input_ids=sequences[:, :-1], prompt_lengths=[40, 40]).logits[:, -4:]
+        full = model(input_ids=sequences[:, :-1], **PROMPT[family]).logits[:, -4:]
         assert_close(steps, full, 1e-5, "decoding steps")
-        whole = model(input_ids=IDS, compress_prompt=True, use_cache=True)
-        pieces = model(input_ids=IDS, compress_prompt=True, use_cache=True, prefill_chunk_length=3)
+        whole = model(input_ids=IDS, use_cache=True, **WHOLE[family])
+        pieces = model(input_ids=IDS, use_cache=True, prefill_chunk_length=3, **WHOLE[family])
     assert_close(pieces.logits, whole.logits, 1e-5, "logits in chunks")
 
 
 def test_lora_on_a_convolution_without_bias_states_and_pads(family):
     """The wrapped convolution beside the plain one, with its adapter at zero: the same, ragged rows included."""
-    base = tiny_model(torch.float32, family=family, use_conv_bias=False)
+    base = tiny(family, use_conv_bias=False)
     config = peft.LoraConfig(r=channels_of_the_convolution(base), target_modules=["conv1d"], task_type="CAUSAL_LM")
     with pytest.warns(UserWarning, match="Merging is not supported"):
         model = peft.get_peft_model(copy.deepcopy(base), config).eval()
     mask = torch.ones_like(IDS)
     mask[0, :11] = 0
     with torch.no_grad():
-        for settings in (dict(compress_prompt=True), {}):
+        for settings in (WHOLE[family], {}):
             expected = base(IDS, attention_mask=mask, use_cache=True, **settings)
             actual = model(input_ids=IDS, attention_mask=mask, use_cache=True, **settings)
             assert_close(actual.logits[mask.bool()], expected.logits[mask.bool()], 1e-5, "logits")
@@ -131,13 +155,16 @@ def test_lora_on_a_convolution_without_bias_states_and_pads(family):
 
 @pytest.mark.parametrize(("family", "modules"), for_each(FULLY_TRAINED), indirect=["family"])
 def test_modules_to_save(base, modules, tmp_path):
-    """The paper's recipe: LoRA on the projections; Theta, compressor and others trained in full, saved and loaded."""
+    """The paper's recipe: LoRA on the projections; what the family adds, and others, trained in full, saved and loaded."""
     config = peft.LoraConfig(r=2, target_modules=["in_proj"], modules_to_save=modules, task_type="CAUSAL_LM")
     model = peft.get_peft_model(copy.deepcopy(base), config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(**BATCH).loss.backward()
     whole = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     assert {module for module in modules if any(f".{module}." in name for name in whole)} == set(modules)
+    if modules == ["memory"]:
+        own = {name for name, _ in base.named_parameters() if ".memory." in name}
+        assert {name.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for name in whole} == own
     for name, parameter in whole.items():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
@@ -152,7 +179,8 @@ def test_modules_to_save(base, modules, tmp_path):
 
 
 def test_lora_under_gradient_checkpointing(base, family):
-    model = with_lora(base, list(PROJECTIONS[family])).train()
+    memory = ["memory.note", *READERS] if family == "memmamba" else []
+    model = with_lora(base, [*PROJECTIONS[family], *memory]).train()
 
     def gradients():
         model.zero_grad()
@@ -223,7 +251,7 @@ def trainer(model, tokenizer, folder, **settings):
 
 @pytest.mark.smoke
 def test_trainer_trains_evaluates_and_predicts(family, tokenizer, tmp_path):
-    model = tiny_model(torch.float32, family=family, train_compression_span=(0.2, 0.6), train_compression_ratio=(0.1, 0.5))
+    model = tiny(family, **DRAWS[family])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     run = trainer(model, tokenizer, tmp_path, gradient_accumulation_steps=2, max_steps=12)
     start = run.evaluate()["eval_loss"]
@@ -253,8 +281,7 @@ def test_trainer_follows_its_seed(family, tokenizer, tmp_path):
     """The draws of the compression come from torch's generator, which Trainer seeds."""
     losses = []
     for _ in range(2):
-        settings = dict(train_compression_span=(0.2, 0.6), train_compression_ratio=(0.1, 0.9))
-        model = tiny_model(torch.float32, family=family, **settings)
+        model = tiny(family, **DRAWS[family])
         run = trainer(model, tokenizer, tmp_path)
         run.train()
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
@@ -276,20 +303,18 @@ def test_trainer_with_checkpointing_and_bfloat16(base, tokenizer, tmp_path):
 
 def test_trainer_saves_and_resumes(family, tokenizer, tmp_path):
     """A resumed run draws what the uninterrupted one would have drawn."""
-    settings = dict(family=family, train_compression_span=(0.2, 0.6), train_compression_ratio=(0.1, 0.9))
     arguments = dict(save_strategy="steps", save_steps=2, max_steps=4)
-    whole = tiny_model(torch.float32, **settings)
+    whole = tiny(family, **DRAWS[family])
     trainer(whole, tokenizer, tmp_path, **arguments).train()
-    resumed = tiny_model(torch.float32, **settings)
+    resumed = tiny(family, **DRAWS[family])
     trainer(resumed, tokenizer, tmp_path, **arguments).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert_close(other, one, 1e-6, name)
 
 
-def test_trainer_with_a_peft_model(base, tokenizer, tmp_path):
-    config = peft.LoraConfig(
-        r=2, target_modules=["in_proj", "out_proj"], modules_to_save=["compressor"], task_type="CAUSAL_LM"
-    )
+def test_trainer_with_a_peft_model(base, family, tokenizer, tmp_path):
+    added = "memory" if family == "memmamba" else "compressor"
+    config = peft.LoraConfig(r=2, target_modules=["in_proj", "out_proj"], modules_to_save=[added], task_type="CAUSAL_LM")
     model = peft.get_peft_model(copy.deepcopy(base), config)
     run = trainer(model, tokenizer, tmp_path, max_steps=8)
     start = run.evaluate()["eval_loss"]
@@ -300,7 +325,7 @@ def test_trainer_with_a_peft_model(base, tokenizer, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_quantised_projections_act(base, family):
-    """Linear layers replaced by quantised ones are called in both passes and in a decoding step."""
+    """Linear layers replaced by quantised ones are called in every pass and in a decoding step."""
     model = copy.deepcopy(base)
     ids = torch.randint(1, 50, (1, 24))
     quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
@@ -311,8 +336,11 @@ def test_quantised_projections_act(base, family):
     assert quantised.generate(ids, max_new_tokens=2, pad_token_id=0, eos_token_id=None).shape == (1, 26)
     # Mamba-1's dt_proj is of a class of its own, which this way of quantising leaves alone.
     linear = [name for name in PROJECTIONS[family] if name in ("in_proj", "x_proj", "out_proj")]
-    assert sorted(called) == sorted(linear * 3), "two passes and one step"
+    if family == "memmamba":
+        assert sorted(called) == sorted([*linear, "note", *READERS[:3], "gate"] * 2), "one pass and one step"
+    else:
+        assert sorted(called) == sorted(linear * 3), "two passes and one step"
     with torch.no_grad():
-        exact, rounded = (m(ids, compress_prompt=False).logits for m in (model, quantised))
+        exact, rounded = (m(ids).logits for m in (model, quantised))
     assert not torch.equal(rounded, exact)
     assert (rounded - exact).square().mean().sqrt() < 0.5 * exact.square().mean().sqrt()

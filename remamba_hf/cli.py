@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .families import FAMILIES
+from .families import ALL_FAMILIES, Family
+from .modeling.configuration_memmamba import MemMambaConfig
 
 # Errors are sentences for users: they go to stderr alone, with this exit status. --debug shows the traceback instead.
 _FAILED = 1
@@ -21,6 +22,25 @@ _SETTINGS = (
     ("span", float, "P", "the window's length as a share of the prompt"),
     ("ratio", float, "RHO", "share of the window that is kept (given here, compression_max_kept does not bound it)"),
 )
+# Fields of MemMamba's configuration, each with the type of its default.
+_MEMORY_SETTINGS = {
+    "note_size": "size of a note",
+    "pool_size": "notes that a layer keeps",
+    "note_heads": "heads of the attention over notes",
+    "chunk_size": "tokens after which notes can be read",
+    "cross_layer_period": "every such layer also reads notes of the layers below; 0: none",
+    "cross_layer_group": "of how many layers below",
+    "write_rule": "which notes stay: priority, fifo or periodic",
+    "recency_weight": "what a token of age takes from the logarithm of a score",
+    "write_threshold": "tau1: tokens with a write score of at most this leave no note",
+    "read_threshold": "tau2: tokens whose read gate is at most this read nothing",
+    "write_period": "of the periodic rule: tokens of a period",
+    "write_span": "of the periodic rule: tokens at its beginning that leave notes",
+    "fusion": "how what is read joins a token: gated, residual, weighted, elementwise or conv1d",
+    "fusion_position": "pre or post: before or behind the mixer",
+    "pooling": "what a note stands for: none (its token), max or mean of the last tokens",
+    "pooling_window": "how many tokens a pooled note stands for",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,21 +66,23 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     doctor = commands.add_parser("doctor", help="which kernels are active, which are not, why, and what to install")
     doctor.set_defaults(run=_doctor)
-    _add_convert(commands.add_parser("convert", help="make a ReMamba checkpoint from a Mamba-1 or Mamba-2 checkpoint"))
+    _add_convert(commands.add_parser("convert", help="make a ReMamba or MemMamba checkpoint from a Mamba checkpoint"))
     _add_generate(commands.add_parser("generate", help="read a long document and answer a question about it"))
     return parser
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Makes a ReMamba checkpoint from a Mamba-1, or a ReMamba-2 checkpoint from a Mamba-2, in transformers' or in the "
-        "original state-spaces format, and if given from an adapter that was trained on it. The result is verified by "
-        "logits before OUTPUT appears."
+        "Makes a ReMamba or MemMamba checkpoint from a Mamba-1, or a ReMamba-2 checkpoint from a Mamba-2, in transformers' "
+        "or in the original state-spaces format, and if given from an adapter that was trained on it. The result is "
+        "verified by logits before OUTPUT appears."
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of the Mamba checkpoint")
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="the folder to write")
     parser.add_argument(
-        "--to", choices=tuple(FAMILIES), help="refuse another family; default: that of SOURCE's architecture"
+        "--to",
+        choices=tuple(ALL_FAMILIES),
+        help="the family to make; default: the one of SOURCE's architecture that compresses prompts",
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of SOURCE on the Hub")
     parser.add_argument("--adapter", metavar="ADAPTER", help="folder or Hub id of a PEFT adapter trained on SOURCE")
@@ -79,14 +101,19 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="TOKENIZER", help="folder or Hub id to copy the tokenizer from")
     parser.add_argument("--tokenizer-revision", metavar="REV")
     _add_settings(parser, "; written into the configuration")
+    memory = parser.add_argument_group("settings of the memory", "with --to memmamba; written into the configuration")
+    for name, text in _MEMORY_SETTINGS.items():
+        default = getattr(MemMambaConfig, name)
+        note = f"{text} (default: {default})"
+        memory.add_argument(_flag(name), type=type(default), metavar=type(default).__name__.upper(), help=note)
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is a checkpoint")
     parser.set_defaults(run=_convert)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Reads a document, answers, and prints on stderr what was kept of it and how long it took."
+    parser.description = "Reads a document, answers, and prints on stderr what was kept or noted of it and how long it took."
     parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="folder or Hub id of a ReMamba or ReMamba-2 checkpoint"
+        "--model", required=True, metavar="MODEL", help="folder or Hub id of a ReMamba, ReMamba-2 or MemMamba checkpoint"
     )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of MODEL on the Hub")
     document = parser.add_mutually_exclusive_group(required=True)
@@ -110,14 +137,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture of what was kept (png, pdf, svg)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture of what was kept or noted (png, pdf, svg)")
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help="print the answer as it comes")
     parser.set_defaults(run=_generate)
 
 
 def _add_settings(parser: argparse.ArgumentParser, note: str) -> None:
     for name, kind, metavar, text in _SETTINGS:
-        parser.add_argument(f"--compression-{name}", type=kind, metavar=metavar, help=text + note)
+        parser.add_argument(_flag(f"compression_{name}"), type=kind, metavar=metavar, help=text + note)
 
 
 def _positive(text: str) -> int:
@@ -134,9 +161,14 @@ def _at_least_zero(text: str) -> float:
     return value
 
 
-def _given_settings(options: argparse.Namespace) -> dict[str, float]:
-    names = [f"compression_{name}" for name, *_ in _SETTINGS]
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+def _flag(setting: str) -> str:
+    return f"--{setting.replace('_', '-')}"
+
+
+def _given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of compression and memory, as far as the command has them and they were given."""
+    names = [*(f"compression_{name}" for name, *_ in _SETTINGS), *_MEMORY_SETTINGS]
+    return {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -156,7 +188,7 @@ def _doctor(options: argparse.Namespace) -> int:
         if function is None:
             unusable.setdefault(kernel.package, []).append(name)
         state = "not usable" if function is None else "active" if cuda else "installed, idle without a CUDA device"
-        users = " and ".join(family.name for family in FAMILIES.values() if name in family.kernels)
+        users = ", ".join(family.name for family in ALL_FAMILIES.values() if name in family.kernels)
         print(f"{name:24} {state:12} ({kernel.package}, for {users}){f': {_one_line(reason)}' if reason else ''}")
     print()
     if not unusable:
@@ -235,7 +267,8 @@ def _convert(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     import torch
 
-    from .reading import check_picture, load_for_reading, plot_kept
+    from .notes_picture import plot_notes
+    from .reading import check_picture, family_of, load_for_reading, plot_kept
 
     document = _document(options)
     if options.plot is not None:
@@ -244,23 +277,34 @@ def _generate(options: argparse.Namespace) -> int:
             raise ValueError("--plot shows what was kept: leave out --no-compression.")
     if options.no_compression and (options.compare_plain or _given_settings(options)):
         raise ValueError("--no-compression leaves nothing to set or compare: leave out --compression-* and --compare-plain.")
+    family = family_of(options.model, options.revision)
+    if not family.compresses:
+        _check_nothing_to_compress(options, family)
     if not options.debug:
         logging.disable_progress_bar()  # of loading weights
     model, tokenizer = load_for_reading(options.model, options.revision, options.device, options.dtype)
     torch.manual_seed(options.seed)
-    reading = _read(options, model, tokenizer, document, compress=not options.no_compression)
+    compression = {"compress_prompt": False} if options.no_compression else _given_settings(options)
+    reading = _read(options, model, tokenizer, document, **compression)
     print(reading.report(), file=sys.stderr)
     if options.plot is not None:
-        plot_kept(reading, options.plot)
+        (plot_kept if family.compresses else plot_notes)(reading, options.plot)
         print(f"plot     {options.plot}", file=sys.stderr)
     if options.compare_plain:
         print("\nwithout compression:", file=sys.stderr)
-        plain = _read(options, model, tokenizer, document, compress=False)
+        plain = _read(options, model, tokenizer, document, compress_prompt=False)
         print(plain.report(), file=sys.stderr)
     return 0
 
 
-def _read(options: argparse.Namespace, model: Any, tokenizer: Any, document: str, compress: bool) -> Any:
+def _check_nothing_to_compress(options: argparse.Namespace, family: Family) -> None:
+    switches = [name for name in ("no_compression", "compare_plain") if getattr(options, name)]
+    given = [_flag(name) for name in (*_given_settings(options), *switches)]
+    if given:
+        raise ValueError(f"{options.model} is a {family.name}, which compresses no prompts: leave out {', '.join(given)}.")
+
+
+def _read(options: argparse.Namespace, model: Any, tokenizer: Any, document: str, **compression: Any) -> Any:
     """One reading with its progress bar; the answer goes to stdout, as it comes or at the end."""
     from transformers import TextStreamer
 
@@ -278,9 +322,8 @@ def _read(options: argparse.Namespace, model: Any, tokenizer: Any, document: str
             max_new_tokens=options.max_new_tokens,
             prefill_progress=progress,
             prefill_chunk_length=options.prefill_chunk_length,
-            compress_prompt=None if compress else False,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if options.stream else None,
-            **(_given_settings(options) if compress else {}),
+            **compression,
             **sampling,
         )
     if not options.stream:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading one long document and answering a question about it, with what it cost and what was kept of it.
+"""Reading one long document and answering a question about it, with what it cost and what was kept or noted of it.
 
 `remamba generate` and the book example are made of this.
 """
@@ -9,7 +9,7 @@ import importlib.util
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from .checkpoint_files import CheckpointError, check_safetensors, first_line, has_tokenizer, locate, read_json
-from .families import FAMILIES, PLAIN_FAMILIES
+from .families import ALL_FAMILIES, PLAIN_FAMILIES, Family
 from .modeling.selective_compression import Window
 
 _CONTEXT_TOKENS = 12  # shown around a kept passage
@@ -30,13 +30,27 @@ _PASSAGE_GAP = 3  # kept positions this close are one passage
 
 @dataclass
 class Passage:
-    """Kept positions that stand together. start, stop: token positions; score: the best of them; text: in [brackets],
-    with what stands around it."""
+    """Kept or read positions that stand together. start, stop: token positions; score: the best of them; text: in
+    [brackets], with what stands around it."""
 
     start: int
     stop: int
     score: float
     text: str
+
+
+@dataclass
+class LayerNotes:
+    """What one layer's pool held when the prompt's last token read it.
+
+    positions: in the prompt, of the tokens that wrote the notes; the best note first.
+    scores: their write scores, in (0, 1].
+    reads: their shares of the token's attention; what is missing to 1 went to no note.
+    """
+
+    positions: list[int]
+    scores: list[float]
+    reads: list[float]
 
 
 @dataclass
@@ -47,7 +61,9 @@ class Reading:
     prompt_tokens: tokens of document and question.
     window: the compressed window in tokens; its length is 0 where nothing was compressed.
     positions, scores: the kept positions in the prompt, ascending, and their cosine scores.
-    passages: the kept positions as text, best score first.
+    passages: as text the kept positions, best score first; or the positions of notes, by the largest share of attention
+        that a layer gave them.
+    notes: of a model that takes them, one entry a layer.
     new_tokens: tokens generated.
     prefill_seconds, decode_seconds: until the first token was known, and from there to the end.
     state_bytes: size of the recurrent state that decoding works with, whatever the document's length.
@@ -66,6 +82,7 @@ class Reading:
     state_bytes: int
     device: str
     dtype: str
+    notes: list[LayerNotes] = field(default_factory=list, repr=False)
 
     @property
     def prefill_rate(self) -> float:
@@ -79,17 +96,11 @@ class Reading:
 
     def report(self) -> str:
         """A few lines for a person."""
-        kept, window = len(self.positions), self.window
-        if window.length:
-            read = self.prompt_tokens - window.dropped
-            compression = f"{kept:,} of the {window.length:,} in the window at {window.start:,}; {read:,} read again"
-        else:
-            compression = "not compressed"
         decode = "one token" if self.decode_rate is None else f"{self.decode_rate:,.1f} tokens/s"
         return "\n".join(
             (
                 f"prompt   {self.prompt_tokens:,} tokens",
-                f"kept     {compression}",
+                self._notes_line() if self.notes else self._kept_line(),
                 f"prefill  {self.prefill_rate:,.0f} tokens/s ({self.prefill_seconds:.1f} s)",
                 f"decode   {decode} ({self.new_tokens} new)",
                 f"state    {self.state_bytes / 1e6:.2f} MB",
@@ -97,10 +108,42 @@ class Reading:
             )
         )
 
+    def _kept_line(self) -> str:
+        kept, window = len(self.positions), self.window
+        if not window.length:
+            return "kept     not compressed"
+        read = self.prompt_tokens - window.dropped
+        return f"kept     {kept:,} of the {window.length:,} in the window at {window.start:,}; {read:,} read again"
+
+    def _notes_line(self) -> str:
+        noted = {position for layer in self.notes for position in layer.positions}
+        count = sum(len(layer.positions) for layer in self.notes)
+        best = f"; most read: {self.passages[0].score:.2f} of a layer's attention" if noted else ""
+        return f"notes    {count:,} in {len(self.notes)} layers, of {len(noted):,} tokens{best}"
+
 
 def question_prompt(document: str, question: str) -> str:
     """The prompt that the recall checkpoints are trained on: the document, a blank line, the question, `Answer:`."""
     return f"{document.rstrip()}\n\nQuestion: {question.strip()}\nAnswer:"
+
+
+def family_of(checkpoint: str, revision: str | None = None) -> Family:
+    """The family of a checkpoint, by its config.json.
+
+    Args:
+        checkpoint: local folder or Hub id.
+        revision: branch, tag or commit of a Hub repository.
+
+    Raises:
+        CheckpointError: no such checkpoint, or another kind of model.
+    """
+    model_type = read_json(locate(checkpoint, revision) / "config.json").get("model_type")
+    if model_type in ALL_FAMILIES:
+        return ALL_FAMILIES[model_type]
+    names = " or ".join(family.name for family in ALL_FAMILIES.values())
+    plain = model_type is None or model_type in PLAIN_FAMILIES
+    fix = f"Convert it first: remamba convert {checkpoint} OUTPUT." if plain else f"Give a {names} checkpoint."
+    raise CheckpointError(f"{checkpoint} is no checkpoint of {names}: its model_type is {model_type!r}. {fix}")
 
 
 def load_for_reading(
@@ -121,12 +164,7 @@ def load_for_reading(
     """
     device = _checked_device(device)
     folder = locate(checkpoint, revision)
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type not in FAMILIES:
-        names = " or ".join(family.name for family in FAMILIES.values())
-        plain = model_type is None or model_type in PLAIN_FAMILIES
-        fix = f"Convert it first: remamba convert {checkpoint} OUTPUT." if plain else f"Give a {names} checkpoint."
-        raise CheckpointError(f"{checkpoint} is no checkpoint of {names}: its model_type is {model_type!r}. {fix}")
+    model_class = family_of(checkpoint, revision).model_class
     check_safetensors(folder)
     if not has_tokenizer(folder):
         raise CheckpointError(
@@ -141,7 +179,6 @@ def load_for_reading(
             f"The tokenizer of {checkpoint} cannot be loaded: {first_line(error)}. Get its files again."
         ) from error
     try:
-        model_class = FAMILIES[model_type].model_class
         model, info = model_class.from_pretrained(folder, dtype=asked, output_loading_info=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded: {first_line(error)}. Get its files again.") from error
@@ -166,13 +203,14 @@ def read_and_answer(
     """Reads a document, generates, and tells what was kept and what it cost.
 
     Args:
-        model: a two-stage model (`ReMambaForCausalLM`, `ReMamba2ForCausalLM`).
+        model: of any family (`ReMambaForCausalLM`, `ReMamba2ForCausalLM`, `MemMambaForCausalLM`).
         tokenizer: its tokenizer.
         document: any text.
         question: put behind the document as in `question_prompt`; None: the document is continued.
         max_new_tokens: the answer ends here at the latest.
         prefill_progress: called with the tokens read and to read.
-        **generate_options: of `generate`: compression settings, `prefill_chunk_length`, sampling, `streamer` and so on.
+        **generate_options: of `generate`: `prefill_chunk_length`, sampling, `streamer`, settings of the compression where
+            the model compresses prompts, and so on.
 
     Raises:
         ValueError: an empty document, or options that `generate` refuses.
@@ -192,6 +230,7 @@ def read_and_answer(
         )
         ended = time.perf_counter()
     positions, scores = prefill.kept(0)
+    notes = prefill.notes(0)
     sequence = output if isinstance(output, torch.Tensor) else output.sequences
     new_ids = sequence[0, ids.shape[1] :]
     prompt_ids = ids[0].tolist()
@@ -201,13 +240,14 @@ def read_and_answer(
         window=_window(model, len(prompt_ids), positions, generate_options),
         positions=positions,
         scores=scores,
-        passages=_passages(prompt_ids, positions, scores, tokenizer),
+        passages=_passages(prompt_ids, *(_most_read(notes) if notes else (positions, scores)), tokenizer),
         new_tokens=len(new_ids),
         prefill_seconds=prefill.ended - started,
         decode_seconds=ended - prefill.ended,
         state_bytes=prefill.state_bytes,
         device=_device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
+        notes=notes,
     )
 
 
@@ -226,7 +266,7 @@ def prefill_bar(description: str = "reading") -> Iterator[Callable[[int, int], N
 
 
 def check_picture(path: Path) -> None:
-    """Raises a ValueError, before any work, unless `plot_kept` can write this file."""
+    """Raises a ValueError, before any work, unless a picture can be written to this file."""
     if not path.absolute().parent.is_dir():
         raise ValueError(f"There is no folder {path.absolute().parent} to save the picture in. Make it first.")
     if path.suffix not in _PICTURE_SUFFIXES:
@@ -262,12 +302,22 @@ def plot_kept(reading: Reading, path: str | Path, passages: int = 8) -> None:
     scores.plot(reading.positions, reading.scores, ".", color="tab:blue", label=f"kept: {len(reading.positions):,}")
     scores.set(xlim=(0, reading.prompt_tokens), xlabel="position in the prompt (tokens)", ylabel="score (cosine)")
     scores.legend(loc="upper left", ncols=2, frameon=False, bbox_to_anchor=(0, 1.18))
-    texts.axis("off")
-    texts.set_title("position, score, [kept]", loc="left", fontsize=9)
-    for line, passage in enumerate(shown):
+    draw_passages(texts, "position, score, [kept]", shown)
+    save_picture(figure, path)
+
+
+def draw_passages(axes: Any, title: str, passages: Sequence[Passage]) -> None:
+    """Passages as lines of text: position, score and text."""
+    axes.axis("off")
+    axes.set_title(title, loc="left", fontsize=9)
+    for line, passage in enumerate(passages):
         text = textwrap.shorten(passage.text, 125, placeholder=" ...")
         line_text = f"{passage.start:>9,}  {passage.score:5.2f}  {text}"
-        texts.text(0, 1 - (line + 0.5) / len(shown), line_text, family="monospace", fontsize=7, parse_math=False)
+        axes.text(0, 1 - (line + 0.5) / len(passages), line_text, family="monospace", fontsize=7, parse_math=False)
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Write the picture, or nothing."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=150)
@@ -277,9 +327,10 @@ def plot_kept(reading: Reading, path: str | Path, passages: int = 8) -> None:
 
 
 class PrefillWatch:
-    """What the first forward of a `generate` call kept, its state, and when it ended (`time.perf_counter`).
+    """What the first forward of a `generate` call kept or noted, its state, and when it ended (`time.perf_counter`).
 
     positions, scores: [B, K] on the CPU as in the model's output, or None where nothing was compressed.
+    layer_notes: of a model that takes notes, (positions, scores, reads) of every layer, [B, K] on the CPU as in its output.
     """
 
     def __init__(self) -> None:
@@ -287,6 +338,7 @@ class PrefillWatch:
         self.state_bytes = 0
         self.positions: torch.Tensor | None = None
         self.scores: torch.Tensor | None = None
+        self.layer_notes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         if self.ended:
@@ -295,8 +347,15 @@ class PrefillWatch:
             torch.cuda.synchronize(output.logits.device)
         self.ended = time.perf_counter()
         self.state_bytes = _state_bytes(output.cache_params)
-        if output.compressed_positions is not None:
+        if getattr(output, "compressed_positions", None) is not None:
             self.positions, self.scores = output.compressed_positions.cpu(), output.compression_scores.cpu()
+        if getattr(output, "note_positions", None) is not None:
+            layers = zip(output.note_positions, output.note_scores, output.note_reads, strict=True)
+            self.layer_notes = [(positions.cpu(), scores.cpu(), reads.cpu()) for positions, scores, reads in layers]
+
+    def ask_for_notes(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """A forward pre-hook: lets the first forward hand out its notes."""
+        return None if self.ended else (args, {**kwargs, "output_notes": True})
 
     def kept(self, row: int) -> tuple[list[int], list[float]]:
         """Positions and scores of one row."""
@@ -305,16 +364,30 @@ class PrefillWatch:
         present = self.positions[row] >= 0
         return self.positions[row][present].tolist(), self.scores[row][present].tolist()
 
+    def notes(self, row: int) -> list[LayerNotes]:
+        """What one row's last token could read, layer by layer."""
+        layers = []
+        for parts in self.layer_notes:
+            positions, scores, reads = (part[row] for part in parts)
+            present = positions >= 0
+            layers.append(LayerNotes(*(part[present].tolist() for part in (positions, scores, reads))))
+        return layers
+
 
 @contextlib.contextmanager
 def watch_prefill(model: PreTrainedModel) -> Iterator[PrefillWatch]:
-    """Watches one `generate` call. It does not hand out what was kept, and this leaves every option of it as it is."""
+    """Watches one `generate` call. It does not hand out what was kept or noted, and this leaves every option of it as it
+    is."""
     watch = PrefillWatch()
-    handle = model.register_forward_hook(watch)
+    handles = [model.register_forward_hook(watch)]
+    family = ALL_FAMILIES.get(model.config.model_type)
+    if family is not None and not family.compresses:
+        handles.append(model.register_forward_pre_hook(watch.ask_for_notes, with_kwargs=True))
     try:
         yield watch
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _window(model: Any, length: int, positions: list[int], options: dict[str, Any]) -> Window:
@@ -346,6 +419,16 @@ def _passages(
         )
         passage.text = f"{before}[{kept}]{after}"
     return sorted(passages, key=lambda passage: -passage.score)
+
+
+def _most_read(layers: Sequence[LayerNotes]) -> tuple[list[int], list[float]]:
+    """Positions with notes, ascending, and the largest share of attention that a layer gave each."""
+    largest: dict[int, float] = {}
+    for layer in layers:
+        for position, read in zip(layer.positions, layer.reads, strict=True):
+            largest[position] = max(read, largest.get(position, 0.0))
+    positions = sorted(largest)
+    return positions, [largest[position] for position in positions]
 
 
 def _state_bytes(cache: Cache | None) -> int:

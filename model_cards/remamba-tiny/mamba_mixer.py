@@ -39,6 +39,10 @@ class MambaMixer(RecurrentMixer):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.use_bias)
         self.split_sizes = [rank, size, size]
 
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        inner = self.config.intermediate_size
+        return (inner, self.config.conv_kernel), (inner, self.config.state_size)
+
     def init_steps_and_decay(self) -> None:
         """S4D-real decay rates, step sizes log-uniform in [time_step_min, time_step_max]; arXiv 2312.00752, section 3.6."""
         config = self.config

@@ -336,6 +336,7 @@ class TwoStageGenerationMixin(RecurrentGenerationMixin):
         if prompt is not None and prompt.dim() > 1 and prompt.shape[0]:
             settings_for_rows(self.config, prompt.shape[0], *settings)
         cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
+        self.backbone.check_cache(cache)
         if compress_prompt and cache is not None and cache.has_previous_state():
             raise ValueError(COMPRESSION_ON_A_FILLED_CACHE)
         copies = self.prompt_copies(generation_config, kwargs)

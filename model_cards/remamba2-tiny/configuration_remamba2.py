@@ -25,11 +25,16 @@ class ReMamba2Config(CompressionSettings, Mamba2Config):
 
     def __post_init__(self, **kwargs: Any) -> None:
         inner = kwargs.pop("intermediate_size", self.intermediate_size)  # some checkpoints write what the heads imply
+        if inner != self.intermediate_size:
+            raise ValueError(f"intermediate_size is {inner}, but num_heads * head_dim is {self.intermediate_size}.")
         super().__post_init__(**kwargs)
-        if not self.expand * self.hidden_size == self.intermediate_size == inner:
+
+    def check(self) -> None:
+        super().check()
+        if self.expand * self.hidden_size != self.intermediate_size:
             raise ValueError(
-                f"num_heads * head_dim is {self.intermediate_size}, expand * hidden_size {self.expand * self.hidden_size}, "
-                f"intermediate_size {inner}: all three must be equal."
+                f"num_heads * head_dim is {self.intermediate_size}, expand * hidden_size {self.expand * self.hidden_size}: "
+                "they must be equal."
             )
         for name in ("n_groups", "state_size", "chunk_size"):
             if getattr(self, name) < 1:

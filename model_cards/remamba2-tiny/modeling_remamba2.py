@@ -60,6 +60,10 @@ class ReMamba2Mixer(RecurrentMixer):
         self.projected_sizes = [inner, inner + 2 * shared, heads]
         self.convolved_sizes = [inner, shared, shared]
 
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        config = self.config
+        return (sum(self.convolved_sizes), config.conv_kernel), (config.num_heads, config.head_dim, config.state_size)
+
     def init_steps_and_decay(self) -> None:
         """Head h decays at the rate h + 1, as transformers initialises Mamba-2; step sizes log-uniform in [time_step_min,
         time_step_max]."""

@@ -63,10 +63,6 @@ class PackedRows:
         tokens = self.tokens[:, begin:end]
         return self.embeddings(tokens) if self.are_ids else tokens
 
-    def embed_alone(self, begin: int, end: int) -> tuple[torch.Tensor, None]:
-        """`embed`, for a pass that needs to know nothing besides."""
-        return self.embed(begin, end), None
-
     def embed_positions(self, positions: torch.Tensor) -> torch.Tensor:
         """Embeddings [B, T, H] of packed positions [B, T]."""
         if self.are_ids:
@@ -158,11 +154,16 @@ class RecurrentBackbone:
         chunk_length: int | None,
         with_blocks: bool,
         progress: Progress | None,
+        adaptation: Any = None,
     ) -> StateReader:
-        """The states of all positions, or of `kept_tokens` [B, n] alone, of a pass that compresses nothing."""
+        """The states of all positions, or of `kept_tokens` [B, n] alone, of one pass."""
         length = max(*rows.lengths, 1)
         reader = StateReader((0, length if kept_tokens is None else 0), kept_tokens, with_blocks)
-        self.run_pass(rows.embed_alone, rows.lengths, cache_params, chunk_length, reader, progress)
+
+        def embed(begin: int, end: int) -> tuple[torch.Tensor, Any]:
+            return rows.embed(begin, end), adaptation
+
+        self.run_pass(embed, rows.lengths, cache_params, chunk_length, reader, progress)
         return reader
 
     def run_pass(

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .precision import at_least_float32
-from .recurrent_model import OwnStart, RecurrentForCausalLM, RecurrentModel, RMSNorm, is_filled
+from .recurrent_model import OwnStart, RecurrentForCausalLM, RecurrentMixer, RecurrentModel, RMSNorm, is_filled
 from .recurrent_passes import Progress, chunk_length_for
 from .selective_compression import Adaptation, SelectiveCompressor, settings_for_rows
 from .two_stage_generation import (
@@ -48,13 +48,17 @@ class StepAdaptation(OwnStart):
 class TwoStageBlock(GradientCheckpointingLayer):
     """Norm, mixer, residual. A family sets `mixer_class`, called with (hidden_states, adaptation, lengths, cache_params)."""
 
-    mixer_class: type[nn.Module]
+    mixer_class: type[RecurrentMixer]
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = self.mixer_class(config, layer_idx)
+
+    def state_shapes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Shapes of the layer's cached states, slot by slot."""
+        return [self.mixer.state_shapes()]
 
     def forward(
         self,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' own model tests (ModelTesterMixin, and GenerationTesterMixin where it is at hand) on both families.
+"""transformers' own model tests (ModelTesterMixin, and GenerationTesterMixin where it is at hand) on all families.
 
-Each once with plain inputs, once with prompts that are compressed.
+Those that compress prompts run once with plain inputs and once with prompts that are compressed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from transformers.models.auto import modeling_auto
 
 from modeling_tests.common_mixins import transformers_mixins
 from remamba_hf import (
+    MemMambaConfig,
+    MemMambaForCausalLM,
+    MemMambaModel,
     ReMamba2Config,
     ReMamba2ForCausalLM,
     ReMamba2Model,
@@ -29,7 +32,14 @@ pytestmark = pytest.mark.smoke
 MIXINS = transformers_mixins.load()
 
 
-class TwoStageTester:
+# Large enough that a dozen tokens are compressed, and the same in every training step.
+COMPRESSION = dict(
+    **dict(compression_span=0.5, compression_ratio=0.5, train_compression_tail=0),
+    **dict(train_compression_span=None, train_compression_ratio=None),
+)
+
+
+class TinyTester:
     """A tiny model and a ragged batch for it, in the form that the mixins ask for.
 
     Args:
@@ -55,12 +65,6 @@ class TwoStageTester:
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_hidden_layers,
             state_size=self.state_size,
-            # large enough that a dozen tokens are compressed, and the same in every training step
-            compression_span=0.5,
-            compression_ratio=0.5,
-            train_compression_span=None,
-            train_compression_ratio=None,
-            train_compression_tail=0,
             bos_token_id=self.vocab_size - 1,
             eos_token_id=self.vocab_size - 1,
             pad_token_id=self.vocab_size - 1,
@@ -98,7 +102,7 @@ class CommonTests(MIXINS.model, MIXINS.generation):
             cls.addClassCleanup(patcher.stop)
 
     def setUp(self) -> None:
-        self.model_tester = TwoStageTester(self.config_class, self.family_settings)
+        self.model_tester = TinyTester(self.config_class, self.family_settings)
 
     def _prepare_config_and_inputs_for_retain_grad_hidden_states_attentions(
         self,
@@ -168,10 +172,11 @@ class CompressedTests(CommonTests):
 
 
 class ReMamba:
-    """The family on Mamba-1, for the tests above."""
+    """The family on Mamba-1 that compresses, for the tests above."""
 
     config_class = ReMambaConfig
     all_model_classes = (ReMambaModel, ReMambaForCausalLM)
+    family_settings: ClassVar[dict[str, Any]] = COMPRESSION
 
     def _get_conv_state_shape(self, batch_size: int, config: ReMambaConfig) -> tuple[int, int, int]:
         return (batch_size, config.intermediate_size, config.conv_kernel)
@@ -185,13 +190,29 @@ class ReMamba2:
 
     config_class = ReMamba2Config
     all_model_classes = (ReMamba2Model, ReMamba2ForCausalLM)
-    family_settings: ClassVar[dict[str, Any]] = dict(num_heads=8, head_dim=8, n_groups=2, chunk_size=8)
+    family_settings: ClassVar[dict[str, Any]] = dict(num_heads=8, head_dim=8, n_groups=2, chunk_size=8, **COMPRESSION)
 
     def _get_conv_state_shape(self, batch_size: int, config: ReMamba2Config) -> tuple[int, int, int]:
         return (batch_size, config.intermediate_size + 2 * config.n_groups * config.state_size, config.conv_kernel)
 
     def _get_recurrent_state_shape(self, batch_size: int, config: ReMamba2Config) -> tuple[int, int, int, int]:
         return (batch_size, config.num_heads, config.head_dim, config.state_size)
+
+
+class MemMamba:
+    """The family on Mamba-1 that takes notes: three chunks of a row can be read, and the second layer reads the first's."""
+
+    config_class = MemMambaConfig
+    all_model_classes = (MemMambaModel, MemMambaForCausalLM)
+    family_settings: ClassVar[dict[str, Any]] = dict(
+        note_size=8, note_heads=2, pool_size=6, chunk_size=4, cross_layer_period=1
+    )
+
+    def _get_conv_state_shape(self, batch_size: int, config: MemMambaConfig) -> tuple[int, int, int]:
+        return (batch_size, config.intermediate_size, config.conv_kernel)
+
+    def _get_recurrent_state_shape(self, batch_size: int, config: MemMambaConfig) -> tuple[int, int, int]:
+        return (batch_size, config.intermediate_size, config.state_size)
 
 
 class PlainReMambaTest(ReMamba, PlainTests, unittest.TestCase): ...
@@ -204,6 +225,15 @@ class PlainReMamba2Test(ReMamba2, PlainTests, unittest.TestCase): ...
 
 
 class CompressedReMamba2Test(ReMamba2, CompressedTests, unittest.TestCase): ...
+
+
+class MemMambaTest(MemMamba, CommonTests, unittest.TestCase):
+    def test_notes_are_read(self) -> None:
+        """Otherwise the memory would take part in nothing."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        output = self.all_model_classes[1](config).eval()(**inputs, output_notes=True)
+        for reads in output.note_reads:
+            assert (reads[:-1] > 0).any(dim=1).all()
 
 
 del CommonTests, PlainTests, CompressedTests

@@ -226,7 +226,8 @@ def test_compressor_needs_expand_2(tmp_path, family, monkeypatch):
 def test_family_asked_for(hf_folder, tmp_path, family):
     ours = PLAIN_FAMILIES[family].model_type
     other = next(plain for plain in PLAIN_FAMILIES.values() if plain.model_type != ours)
-    assert_refused(hf_folder, tmp_path, f"becomes '{ours}', not '{other.model_type}'", to=other.model_type)
+    possible = {"mamba": "'remamba' or 'memmamba'", "mamba2": "'remamba2'"}[family]
+    assert_refused(hf_folder, tmp_path, f"becomes {possible}, not '{other.model_type}'", to=other.model_type)
     assert_refused(hf_folder, tmp_path, "to must be one of", to="mamba")
     convert_checkpoint(str(hf_folder), tmp_path / "out", to=ours)
 
@@ -286,6 +287,7 @@ def add_code(folder):
         (break_config(model_type="llama"), "another kind.*llama.*Give a Mamba-1 or Mamba-2"),
         (break_config(model_type="remamba"), "ReMamba checkpoint already"),
         (break_config(model_type="remamba2"), "ReMamba-2 checkpoint already"),
+        (break_config(model_type="memmamba"), "MemMamba checkpoint already"),
         (break_config(hidden_size=28), "has the shape|describe a Mamba-2.*hidden_size"),
         (break_config(hidden_size="wide"), "does not describe a Mamba.*expected int"),
         (break_config(state_size=7), "has the shape"),

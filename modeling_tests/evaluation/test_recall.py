@@ -11,20 +11,6 @@ from remamba_hf.evaluation import recall
 from remamba_hf.training.book_tokens import prepare_books
 from remamba_hf.training.recall_data import RecallSampler
 
-TEXT = "".join(
-    f"Of the {place} and its people little was {verb}.\nThey went by the old road.\n\n"
-    for place in ("river", "house", "garden", "village")
-    for verb in ("said", "known", "written", "told", "kept")
-)
-
-
-@pytest.fixture(scope="module")
-def books(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("books")
-    for number in range(2):
-        (folder / f"{number}.txt").write_text(TEXT * 8)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def model_folder(books, tmp_path_factory):
@@ -159,3 +145,9 @@ def test_wilson_interval():
     assert (low, high) == (pytest.approx(0.8882, abs=1e-4), pytest.approx(0.9785, abs=1e-4))
     assert recall.wilson_interval(100, 100)[1] == pytest.approx(1.0)
     assert recall.wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_model_that_does_not_compress_is_sent_elsewhere(books, memmamba_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"remamba_hf\.evaluation\.memory"):
+        recall.main(arguments(books, memmamba_folder, tmp_path / "recall.json"))
+    assert not (tmp_path / "recall.json").exists()

@@ -9,16 +9,14 @@ With --run-slow mamba-ssm's Triton kernels are tuned as in use, which takes many
 """
 
 import copy
-import json
-import platform
-from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from modeling_tests.gpu.measured_errors import errors, note, note_all, rms_ratio
 from remamba_hf.families import FAMILIES
 from remamba_hf.modeling import state_space_dual as dual
 from remamba_hf.modeling.causal_convolution import causal_conv1d, causal_conv1d_naive, causal_conv1d_step
@@ -41,18 +39,6 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "remamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 32, "chunk_size": 64},
 }
 CAPS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-_errors: dict[str, float] = {}
-
-
-@pytest.fixture(autouse=True)
-def _report(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Hands what a test measured to the process that writes the report (see conftest.py), also from a process of xdist."""
-    _errors.clear()
-    yield
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
-    versions |= {package: metadata.version(package) for package in ("transformers", "mamba-ssm", "causal-conv1d", "triton")}
-    measured = {"device": torch.cuda.get_device_name(), "versions": versions, "rms_ratios": dict(_errors)}
-    request.node.user_properties.append(("measured", json.dumps(measured)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,32 +49,6 @@ def _few_compilations(request: pytest.FixtureRequest) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MAMBA_DETERMINISTIC", "1")
             load_kernel("state_space_dual")
-
-
-def rms_ratio(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """In float64; the plain rms of `value` where the reference is nothing but zeros."""
-    value, reference = value.detach().double().cpu(), reference.detach().double().cpu()
-    return (value - reference).square().mean().sqrt().item() / (reference.square().mean().sqrt().item() or 1.0)
-
-
-def note(name: str, value: torch.Tensor, reference: torch.Tensor, allowed: float) -> None:
-    assert torch.isfinite(value).all(), name
-    error = rms_ratio(value, reference)
-    _errors[name] = max(error, _errors.get(name, 0.0))
-    assert error <= allowed, f"{name}: RMS ratio {error:.1e}, allowed {allowed:.1e}"
-
-
-def note_all(
-    prefix: str, names: Sequence[str], values: Sequence[torch.Tensor], references: Sequence[torch.Tensor], allowed: float
-) -> None:
-    """`note` for each name, all of them before any failure is told."""
-    failures = []
-    for name, value, reference in zip(names, values, references, strict=True):
-        try:
-            note(f"{prefix}, {name}", value, reference, allowed)
-        except AssertionError as failure:
-            failures.append(str(failure))
-    assert not failures, "\n".join(failures)
 
 
 def outputs_and_gradients(function: Callable, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -403,7 +363,7 @@ def test_bfloat16_errs_no_more_than_torch_and_transformers_do(family: str) -> No
         expected = exact(**batch, **kwargs).logits[real]
         with without_kernels():
             by_torch = gpu(**on_gpu, **kwargs).logits.cpu()[real]
-        _errors[f"{family} bfloat16 in plain torch, logits, {name}"] = rms_ratio(by_torch, expected)
+        errors[f"{family} bfloat16 in plain torch, logits, {name}"] = rms_ratio(by_torch, expected)
         allowed = min(2 * rms_ratio(by_torch, expected), 0.1)
         note(f"{family} bfloat16, logits, {name}", gpu(**on_gpu, **kwargs).logits.cpu()[real], expected, allowed)
 
@@ -413,7 +373,7 @@ def test_bfloat16_errs_no_more_than_torch_and_transformers_do(family: str) -> No
     ids = batch["input_ids"]
     expected = exact(ids).logits
     peer = rms_ratio(theirs.to("cuda", torch.bfloat16)(ids.cuda()).logits, expected)
-    _errors[f"transformers' {plain.plain_name} in bfloat16, logits"] = peer
+    errors[f"transformers' {plain.plain_name} in bfloat16, logits"] = peer
     note(f"{family} bfloat16 without pads, logits", gpu(ids.cuda()).logits, expected, 1.2 * peer)
 
 

@@ -12,9 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from remamba_hf.families import FAMILIES
+from remamba_hf.families import ALL_FAMILIES
 from remamba_hf.training.book_tokens import train_book_tokenizer
 
+# How a model is made to do all it can: read in two stages, or tell what it noted.
+EVERYTHING = {
+    "remamba": dict(compress_prompt=True),
+    "remamba2": dict(compress_prompt=True),
+    "memmamba": dict(output_notes=True),
+}
 # In a clean process the package is hidden even where it is installed, and no connection can be made but to `ALLOWED` hosts.
 PRELUDE = """
 import json, socket, sys
@@ -46,20 +52,26 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 RESULTS = {}
 def run(model, ids):
     with torch.no_grad():
-        out = model(ids, compress_prompt=True)
-        return {"logits": out.logits, "positions": out.compressed_positions}
+        out = model(ids, **EVERYTHING[model.config.model_type])
+    notes = out.get("note_positions")
+    return {"logits": out.logits, "positions": out.compressed_positions if notes is None else torch.stack(notes)}
 """
 
 
-# What a checkpoint has of its own beyond the settings that both families share.
+# What a checkpoint has of its own beyond the settings that all families share.
 FAMILY_SETTINGS = {
-    "remamba": {},
-    "remamba2": dict(num_heads=4, head_dim=16, n_groups=2, chunk_size=16, time_step_limit=(0.001, float("inf"))),
+    "remamba": dict(compression_span=0.5, compression_ratio=0.25),
+    "remamba2": dict(
+        **dict(num_heads=4, head_dim=16, n_groups=2, chunk_size=16, time_step_limit=(0.001, float("inf"))),
+        **dict(compression_span=0.5, compression_ratio=0.25),
+    ),
+    "memmamba": dict(note_size=8, note_heads=2, pool_size=5, chunk_size=4, cross_layer_period=1, fusion="conv1d"),
 }
 # Parameters that stay in float32 in a half precision model, by the ends of their names.
 FLOAT32 = {
     "remamba": ("A_log", "D", "dt_proj.bias", "adaptation.bias"),
     "remamba2": ("A_log", "D", "dt_bias", "adaptation.bias"),
+    "memmamba": ("A_log", "D", "dt_proj.bias", "write_score.weight", "write_score.bias", "sink"),
 }
 
 
@@ -70,13 +82,11 @@ def make_model(family: str = "remamba", tied: bool = True, seed: int = 0, **sett
         hidden_size=32,
         num_hidden_layers=2,
         state_size=8,
-        compression_span=0.5,
-        compression_ratio=0.25,
         tie_word_embeddings=tied,
         a_key_of_the_user="kept",
     )
-    config = FAMILIES[family].config_class(**{**shared, **FAMILY_SETTINGS[family], **settings})
-    model = FAMILIES[family].model_class(config).eval()
+    config = ALL_FAMILIES[family].config_class(**{**shared, **FAMILY_SETTINGS[family], **settings})
+    model = ALL_FAMILIES[family].model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -84,7 +94,7 @@ def make_model(family: str = "remamba", tied: bool = True, seed: int = 0, **sett
     return model
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=ALL_FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -112,7 +122,9 @@ def python(tmp_path):
         environment.update(HF_ENDPOINT=endpoint) if endpoint else environment.update(HF_HUB_OFFLINE="1")
         given = "".join(
             f"{name} = {value!r}\n"
-            for name, value in ({"ALLOWED": ["127.0.0.1", "::1"] if endpoint else []} | values).items()
+            for name, value in (
+                {"ALLOWED": ["127.0.0.1", "::1"] if endpoint else [], "EVERYTHING": EVERYTHING} | values
+            ).items()
         )
         package_folder = str(Path(__file__).parents[2])
         prelude = f"import sys\nsys.path.insert(0, {package_folder!r})\nRESULTS = {{}}\n" if package else PRELUDE

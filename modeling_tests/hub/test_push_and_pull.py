@@ -10,21 +10,21 @@ import torch
 from safetensors.torch import save_file
 from transformers import MambaConfig, MambaForCausalLM
 
-from remamba_hf.families import FAMILIES
+from remamba_hf.families import ALL_FAMILIES
 
-from .conftest import make_model
+from .conftest import EVERYTHING, make_model
 from .hub_server import TOKEN, Blob, HubServer
 
-REPOS = {family: f"somebody/{family}-test" for family in FAMILIES}
+REPOS = {family: f"somebody/{family}-test" for family in ALL_FAMILIES}
 ORIGINAL = "state-spaces/mamba-test"
 PUSH = """
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer
 from remamba_hf import ReMambaForCausalLM
 from remamba_hf.cli import main
-from remamba_hf.families import FAMILIES
+from remamba_hf.families import ALL_FAMILIES
 for family, repo in REPOS.items():
-    load = FAMILIES[family].model_class.from_pretrained
+    load = ALL_FAMILIES[family].model_class.from_pretrained
     try:
         load(FOLDERS[family]["first"]).push_to_hub(repo, token="hf_of_somebody_else")
     except HfHubHTTPError as error:
@@ -81,14 +81,14 @@ def original_mamba() -> dict[str, Blob]:
 def test_push_and_pull(tmp_path, python, tokenizer, input_ids):
     models = {
         family: {"first": make_model(family, seed=1), "second": make_model(family, tied=False, seed=2)}
-        for family in FAMILIES
+        for family in ALL_FAMILIES
     }
     for family, versions in models.items():
         for name, model in versions.items():
             model.save_pretrained(tmp_path / family / name)
             tokenizer.save_pretrained(tmp_path / family / name)
     save_file({"ids": input_ids}, tmp_path / "ids.safetensors")
-    folders = {family: {name: str(tmp_path / family / name) for name in models[family]} for family in FAMILIES}
+    folders = {family: {name: str(tmp_path / family / name) for name in models[family]} for family in ALL_FAMILIES}
     with HubServer() as hub:
         hub.add(ORIGINAL, original_mamba())
         values = {"ORIGINAL": ORIGINAL, "TOKEN": TOKEN, "REPOS": REPOS, "FOLDERS": folders}
@@ -119,7 +119,7 @@ def test_push_and_pull(tmp_path, python, tokenizer, input_ids):
         assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
     for family, versions in models.items():
         with torch.no_grad():
-            expected = {name: model(input_ids, compress_prompt=True).logits for name, model in versions.items()}
+            expected = {name: model(input_ids, **EVERYTHING[family]).logits for name, model in versions.items()}
         for pull in ("main", "commit", "branch", "second commit", "shards"):
             source = "first" if pull in ("main", "commit") else "second"
             torch.testing.assert_close(results[f"{family} {pull}.logits"], expected[source], rtol=1e-5, atol=1e-6)

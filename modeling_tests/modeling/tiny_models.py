@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from remamba_hf import MemMambaConfig, MemMambaForCausalLM
 from remamba_hf.families import FAMILIES
 
 VOCABULARY = 50
@@ -64,6 +65,38 @@ def tiny_model(dtype: torch.dtype = torch.float64, seed: int = 0, family: str = 
     return model.to(dtype).eval()
 
 
+def tiny_memmamba(dtype: torch.dtype = torch.float64, seed: int = 0, **settings: Any) -> Any:
+    """A MemMamba of three layers of width 16, of which the last also reads the two below; pools of five notes, chunks of
+    four tokens. Every part of the memory is far from its start, and write scores and gates lie around a half."""
+    defaults: dict[str, Any] = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        state_size=4,
+        num_hidden_layers=3,
+        note_size=8,
+        note_heads=2,
+        pool_size=5,
+        chunk_size=4,
+        cross_layer_period=2,
+        cross_layer_group=2,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    model = MemMambaForCausalLM(MemMambaConfig(**{**defaults, **settings}))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "norm_f.weight", "mixer.D", "fusion.weight")):
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+        elif name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, mean=-1.0 if "dt_" in name else 0.0, std=0.3)
+        elif ".memory." in name or name.endswith(("embeddings.weight", "x_proj.weight", "in_proj.weight", "dt_proj.weight")):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.generation_config.eos_token_id = None
+    return model.to(dtype).eval()
+
+
 def random_rows(lengths: Iterable[int], seed: int = 1) -> list[torch.Tensor]:
     """Rows of token ids of these lengths; no pad and no bos token among them."""
     generator = torch.Generator().manual_seed(seed)
@@ -116,3 +149,25 @@ def assert_same_cache(actual: Any, expected: Any, limit: float, name: str = "cac
     for layer, (one, other) in enumerate(zip(actual, expected, strict=True)):
         assert_close(one[0], other[0], limit, f"{name}, convolution inputs of layer {layer}")
         assert_close(one[1], other[1], limit, f"{name}, state of layer {layer}")
+
+
+def memory_states(cache: Any, row: int | None = None) -> list[tuple[torch.Tensor, ...]]:
+    """MemMamba's (convolution inputs, recurrent state, open chunk, pool) of every layer, of one row or of all; what stands
+    in the pool's empty slots means nothing, and is zero here."""
+    rows = slice(None) if row is None else row
+    states = []
+    for layer in cache.layers:
+        pool = layer.recurrent_states[1][rows].clone()
+        pool[..., :-1, :][pool[..., :-1, -2] == 0] = 0
+        states.append((layer.conv_states[0][rows], layer.recurrent_states[0][rows], layer.conv_states[1][rows], pool))
+    return states
+
+
+def assert_same_memory(actual: Any, expected: Any, limit: float, name: str = "cache") -> None:
+    """MemMamba's caches, or what `memory_states` makes of them."""
+    actual, expected = (c if isinstance(c, list) else memory_states(c) for c in (actual, expected))
+    assert len(actual) == len(expected)
+    parts = ("convolution inputs", "recurrent state", "open chunk", "pool")
+    for layer, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        for part, value, wanted in zip(parts, one, other, strict=True):
+            assert_close(value, wanted, limit, f"{name}, {part} of layer {layer}")

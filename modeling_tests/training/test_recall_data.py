@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,119 @@ def test_samples_depend_on_seed_and_index_only(sampler, prepared):
     assert later.prompt_ids.tolist() != other.sample((7, 2), 300, 2).prompt_ids.tolist()
 
 
+class Characters:
+    """A tokenizer whose ids no library decides."""
+
+    eos_token_id, pad_token_id = 0, 1
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [ord(character) for character in text]}
+
+
+def test_samples_are_those_that_models_were_trained_on():
+    text = "".join(
+        f"Of the {place} and its people little was {verb}.\nThey went by the old road.\n\n"
+        for place in ("river", "house", "garden", "village")
+        for verb in ("said", "known", "written", "told", "kept")
+    )
+    sampler = RecallSampler(np.array([ord(character) for character in text * 20], dtype=np.uint16), Characters(), seed=11)
+    hashed = hashlib.sha256()
+    cases = ((0, 400, 0, None), ((3, 1), 900, 4, 0.25), ((7,), 300, 1, 1.0), (5, 5000, 9, None), (2, 190, 1, 0.5))
+    for case in cases:
+        sample = sampler.sample(*case)
+        hashed.update(sample.prompt_ids.astype("<i8").tobytes())
+        hashed.update(sample.answer_ids.astype("<i8").tobytes())
+        fields = sample.evidence, sample.digits, sample.name, sample.number, round(sample.depth, 9)
+        hashed.update(repr(fields).encode())
+    assert (sample.name, sample.number) == ("Caroline Hill", "32996")
+    assert hashed.hexdigest() == "92d772836a9df17512c39322d32be0cce44a4ea3a9e93f2cc9fd60749e848d30"
+
+
+@pytest.mark.parametrize("distractors", [0, 2])
+def test_every_person_in_a_text_is_asked_for_by_name(sampler, prepared, distractors):
+    tokenizer, _ = prepared
+    for index in range(10):
+        text = sampler.text(index, 700, keys=3, distractors=distractors)
+        words = tokenizer.decode(text.text_ids)
+        assert len({fact.name for fact in text.asked}) == len(text.asked) == 3
+        assert max(len(text.prompt_ids(key)) for key in range(3)) == 700
+        assert len(text.other_numbers) == distractors
+        assert words.endswith("\n")
+        for number in text.other_numbers:
+            assert f" {number}" in words
+        for key, fact in enumerate(text.asked):
+            assert text.prompt_ids(key)[: len(text.text_ids)].tolist() == text.text_ids.tolist()
+            assert words.count(fact.name) == 1
+            evidence = tokenizer.decode(text.text_ids[slice(*fact.evidence)])
+            assert evidence.startswith(" " + fact.name)
+            assert evidence.endswith(" " + fact.number)
+            assert tokenizer.decode(text.text_ids[slice(*fact.digits)]) == fact.number
+            question = tokenizer.decode(fact.question_ids)
+            assert fact.name in question
+            assert question.startswith("\nQuestion: ")
+            assert question.endswith("\nAnswer:")
+            assert tokenizer.decode(fact.answer_ids) == f" {fact.number}{tokenizer.eos_token}"
+
+
+def test_text_of_one_person_is_the_sample(sampler):
+    sample, text = sampler.sample((4, 2), 500, 3, depth=0.4), sampler.text((4, 2), 500, 1, 3, [0.4])
+    assert text.prompt_ids().tolist() == sample.prompt_ids.tolist()
+    assert (text.asked[0].evidence, text.asked[0].number) == (sample.evidence, sample.number)
+
+
+def test_facts_of_a_text_stand_at_the_asked_depths(sampler):
+    depths = [0.9, 0.1, 0.5, 0.5]
+    text = sampler.text(1, 1500, keys=4, distractors=2, depths=depths)
+    assert [fact.depth for fact in text.asked] == pytest.approx(depths, abs=0.03)
+    assert [fact.digits[0] / 1500 for fact in text.asked] == pytest.approx(depths, abs=0.1)
+
+
+def test_documents_are_numbered_and_one_holds_the_fact(sampler, prepared):
+    tokenizer, _ = prepared
+    for holder in range(7):
+        text = sampler.documents(3, 6, distractors=2, depth=(holder + 0.5) / 7, document_length=80)
+        words = tokenizer.decode(text.text_ids)
+        assert words.startswith("\nDocument 1\n")
+        documents = [part.split("\n", 1) for part in words.split("\nDocument ")[1:]]
+        assert [number for number, _ in documents] == [str(number + 1) for number in range(7)]
+        holders = [index for index, (_, body) in enumerate(documents) if text.asked[0].name in body]
+        assert holders == [holder]
+        others = [index for number in text.other_numbers for index, (_, body) in enumerate(documents) if number in body]
+        assert len({*others, holder}) == 3, "every fact in a document of its own"
+        for index, (_, body) in enumerate(documents):
+            assert body.endswith(".\n")
+            assert ("secret" in body) == (index in {*others, holder})
+            assert 20 < len(tokenizer(body)["input_ids"]) <= (160 if index in {*others, holder} else 80)
+        assert tokenizer.decode(text.text_ids[slice(*text.asked[0].digits)]) == text.asked[0].number
+        assert tokenizer.decode(text.text_ids[slice(*text.asked[0].evidence)]).startswith(" " + text.asked[0].name)
+        assert text.asked[0].depth == pytest.approx((holder + 0.5) / 7, abs=0.1)
+        assert tokenizer(words)["input_ids"] == text.text_ids.tolist(), "the ids are those of the text"
+
+
+def test_documents_can_be_made_again_and_hold_other_passages(sampler, prepared):
+    tokenizer, tokens = prepared
+    again = RecallSampler(tokens, tokenizer, seed=3)
+    first = sampler.documents((8, 1), 12)
+    assert again.documents((8, 1), 12).text_ids.tolist() == first.text_ids.tolist()
+    assert again.documents((8, 2), 12).text_ids.tolist() != first.text_ids.tolist()
+    bodies = tokenizer.decode(first.text_ids).split("\nDocument ")[1:]
+    assert len({body.split("\n", 1)[1] for body in bodies}) == 13
+    crowded = tokenizer.decode(sampler.documents(9, 12, distractors=12).text_ids).split("\nDocument ")[1:]
+    assert [("secret" in body) for body in crowded] == [True] * 13, "every fact in a document of its own"
+
+
+def test_lines_longer_than_a_document_are_cut(prepared):
+    tokenizer, _ = prepared
+    words = tokenizer("word " * 40)["input_ids"]
+    newline = tokenizer("\n")["input_ids"][0]
+    sampler = RecallSampler(np.array([*words, newline, *words] * 4, dtype=np.uint16), tokenizer)
+    for index in range(20):
+        passage = sampler._passage(np.random.default_rng(index), 9)
+        assert 1 < len(passage) <= 9
+        assert passage[-1] == newline
+        assert newline not in (passage[0], passage[-2])
+
+
 def test_fact_stands_at_the_asked_depth(sampler):
     for depth in (0.0, 0.25, 0.5, 1.0):
         sample = sampler.sample(1, 1000, 0, depth=depth)
@@ -121,6 +236,12 @@ def test_prompts_that_cannot_be_made_are_refused(sampler):
         sampler.sample(0, 30, 3)
     with pytest.raises(ValueError, match="fewer than"):
         sampler.sample(0, 10_000_000)
+    with pytest.raises(ValueError, match="fewer keys or distractors"):
+        sampler.text(0, 4000, keys=2, distractors=400)
+    with pytest.raises(ValueError, match="documents without the fact"):
+        sampler.documents(0, 3, distractors=4)
+    with pytest.raises(ValueError, match="too few for passages"):
+        sampler.documents(0, 3, document_length=10_000_000)
 
 
 def test_tokenizer_that_joins_digits_is_refused(prepared):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from remamba_hf.families import FAMILIES
+from remamba_hf.families import ALL_FAMILIES, FAMILIES
 from remamba_hf.training.recall_data import RecallDataset, RecallLevel
 from remamba_hf.training.recall_losses import evidence_loss, token_losses, value_loss
 from remamba_hf.training.recall_trainer import Curriculum, RecallTrainer, take_batch
@@ -59,7 +59,11 @@ class MarkedTokens:
         }
 
 
-FAMILY_SETTINGS = {"remamba": {}, "remamba2": dict(num_heads=8, head_dim=8, n_groups=2)}
+FAMILY_SETTINGS = {
+    "remamba": {},
+    "remamba2": dict(num_heads=8, head_dim=8, n_groups=2),
+    "memmamba": dict(note_size=8, chunk_size=4, cross_layer_period=1, fusion="weighted", read_threshold=0.1),
+}
 # Parameters that weight decay must not touch, and some that it must, by the ends of their names.
 SPARED = {
     "remamba": ("A_log", ".D", "dt_proj.bias", "adaptation.bias", "conv1d.bias", "norm.weight", "norm_f.weight"),
@@ -73,10 +77,18 @@ SPARED = {
         "mixer.norm.weight",
         "norm_f.weight",
     ),
+    "memmamba": (
+        *("A_log", ".D", "dt_proj.bias", "conv1d.bias", "norm.weight", "memory.norm.weight", "norm_f.weight", "sink"),
+        *("note_norm.weight", "write_score.bias", "gate.bias", "token_fusion.weight", "layer_fusion.weight"),
+    ),
 }
 DECAYED = {
     "remamba": ("embeddings.weight", "in_proj.weight", "dt_proj.weight", "conv1d.weight", "query.0.weight"),
     "remamba2": ("embeddings.weight", "in_proj.weight", "out_proj.weight", "conv1d.weight", "query.0.weight"),
+    "memmamba": (
+        *("embeddings.weight", "in_proj.weight", "dt_proj.weight", "conv1d.weight", "write_score.weight", "note.weight"),
+        *("query.weight", "key.weight", "value.weight", "output.weight", "gate.weight"),
+    ),
 }
 
 
@@ -87,7 +99,7 @@ def family(request):
 
 def tiny_model(family="remamba", **settings):
     torch.manual_seed(0)
-    config = FAMILIES[family].config_class(
+    config = ALL_FAMILIES[family].config_class(
         vocab_size=VOCABULARY,
         hidden_size=32,
         num_hidden_layers=2,
@@ -95,7 +107,7 @@ def tiny_model(family="remamba", **settings):
         initializer_range=0.1,
         **{**FAMILY_SETTINGS[family], **settings},
     )
-    return FAMILIES[family].model_class(config)
+    return ALL_FAMILIES[family].model_class(config)
 
 
 def arguments(folder, **settings) -> TrainingArguments:
@@ -125,6 +137,7 @@ def recall_trainer(folder, model, dataset, steps, two_stage=True, **settings) ->
     return trainer, curriculum
 
 
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_weight_decay_spares_rates_biases_and_norms(family):
     model = tiny_model(family)
     decayed, spared = parameter_groups(model, 0.1)
@@ -140,10 +153,11 @@ def test_weight_decay_spares_rates_biases_and_norms(family):
         assert any(name.endswith(ending) for name in decayed_names), ending
         assert not any(name.endswith(ending) for name in spared_names), ending
     # However a parameter is named: vectors set scales, rates and offsets, matrices mix what they are given.
-    assert all(parameter.dim() == 1 or "A_log" in names[id(parameter)] for parameter in spared["params"])
+    assert all(parameter.dim() <= 1 or "A_log" in names[id(parameter)] for parameter in spared["params"])
     assert all(parameter.dim() > 1 for parameter in decayed["params"])
 
 
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_trainer_uses_these_groups(family, tmp_path):
     model = tiny_model(family)
     trainer = TwoStageTrainer(model=model, args=arguments(tmp_path, weight_decay=0.1))
@@ -154,17 +168,22 @@ def test_trainer_uses_these_groups(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "modules"), [("remamba", ["adaptation", "dt_proj"]), ("remamba2", ["adaptation", "norm"])]
+    ("family", "modules"),
+    [
+        ("remamba", ["compressor", "adaptation", "dt_proj"]),
+        ("remamba2", ["compressor", "adaptation", "norm"]),
+        ("memmamba", ["memory"]),
+    ],
 )
 def test_groups_of_an_adapted_model(family, modules):
     """PEFT puts its own names between a module's and its parameter's."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["in_proj"], modules_to_save=[*modules, "compressor"])
+    config = peft.LoraConfig(r=2, target_modules=["in_proj"], modules_to_save=modules)
     model = peft.get_peft_model(tiny_model(family), config)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     decayed, spared = parameter_groups(model, 0.1)
     assert len(decayed["params"]) + len(spared["params"]) == len(trainable)
-    vectors = {id(parameter) for parameter in trainable.values() if parameter.dim() == 1}
+    vectors = {id(parameter) for parameter in trainable.values() if parameter.dim() <= 1}
     assert {id(parameter) for parameter in spared["params"]} == vectors
     assert vectors
 

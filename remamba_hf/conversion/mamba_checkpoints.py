@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..checkpoint_files import CheckpointError, read_json, read_tensors
-from ..families import FAMILIES, PLAIN_FAMILIES, Family
+from ..families import ALL_FAMILIES, PLAIN_FAMILIES, Family
 from .original_format import is_original, original_settings
 from .verification import parameter_shapes
 
@@ -30,7 +30,7 @@ class PlainMamba:
     """A plain Mamba language model.
 
     kind: the architecture and the format it came in, in words.
-    family: the two-stage family that extends it.
+    family: the one that it becomes unless another is asked for.
     settings: arguments of the family's plain configuration, `tie_word_embeddings` among them.
     tensors: by transformers' names, in the dtypes of the source; without `lm_head.weight` where it is tied.
     """
@@ -112,8 +112,8 @@ def _untie(folder: Path, tensors: dict[str, torch.Tensor], tied: bool) -> bool:
 
 def _what_it_is(config: dict[str, Any]) -> str:
     kind = config.get("model_type")
-    if kind in FAMILIES:
-        return f"a {FAMILIES[kind].name} checkpoint already, with nothing to convert: load it with from_pretrained"
+    if kind in ALL_FAMILIES:
+        return f"a {ALL_FAMILIES[kind].name} checkpoint already, with nothing to convert: load it with from_pretrained"
     return f"a checkpoint of another kind (model_type {kind!r})" if kind else "no checkpoint that its config.json names"
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint_files import CheckpointError
-from ..families import Family
+from ..families import ALL_FAMILIES, Family
 
 # Largest difference of two logits, relative to the largest logit, that is always allowed and that is never allowed.
 TOLERANCE = 1e-4
@@ -26,7 +26,9 @@ _LARGEST_TOLERANCE = 5e-2
 _NOISE_FACTOR = 10  # of the measured effect of rounding, in between
 _LAST_BIT = 2.0**-23
 _PROBE_ROWS, _PROBE_LENGTH = 2, 24
-_CHUNK = 8  # transformers' Mamba-2 fills up its last chunk, and holds gigabytes for the default of 256
+# Of transformers' Mamba-2, which fills up its last chunk, and holds gigabytes for the default of 256; and of MemMamba, whose
+# notes can be read behind their chunk only.
+_CHUNK = 8
 
 
 def probe_ids(vocab_size: int) -> torch.Tensor:
@@ -117,8 +119,34 @@ def transformers_logits(model: PreTrainedModel) -> torch.Tensor:
 
 @torch.inference_mode()
 def plain_logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits of one plain pass [2, 24, vocabulary]."""
-    return model(probe_ids(model.config.vocab_size), compress_prompt=False, use_cache=False).logits
+    """Logits of one pass that compresses nothing [2, 24, vocabulary]; what takes notes, takes and reads them."""
+    how = {"compress_prompt": False} if _compresses(model) else {}
+    with _short_note_chunks(model):
+        return model(probe_ids(model.config.vocab_size), use_cache=False, **how).logits
+
+
+def full_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits [2, 24, vocabulary] of as much as a model can do: of two stages where it compresses prompts."""
+    return two_stage_logits(model) if _compresses(model) else plain_logits(model)
+
+
+def _compresses(model: PreTrainedModel) -> bool:
+    return ALL_FAMILIES[model.config.model_type].compresses
+
+
+@contextlib.contextmanager
+def _short_note_chunks(model: PreTrainedModel) -> Iterator[None]:
+    """Lets notes be read within the probe: they cannot before the end of their chunk."""
+    config = model.config
+    if _compresses(model):
+        yield
+        return
+    chunk_size = config.chunk_size
+    config.chunk_size = min(chunk_size, _CHUNK)
+    try:
+        yield
+    finally:
+        config.chunk_size = chunk_size
 
 
 @torch.inference_mode()

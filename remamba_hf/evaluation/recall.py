@@ -9,9 +9,7 @@ after every cell, and a run that was cut off goes on from it.
 """
 
 import argparse
-import json
 import math
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,17 +18,31 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import remamba_hf
-from remamba_hf.families import FAMILIES, PLAIN_FAMILIES, Family
+from remamba_hf.families import FAMILIES
 from remamba_hf.reading import PrefillWatch, watch_prefill
 from remamba_hf.training.book_tokens import encode_books, list_books, write_json
 from remamba_hf.training.recall_data import RecallSample, RecallSampler
 
-CPU_CHUNK_LENGTH = 4096
+from .checkpoints import CPU_CHUNK_LENGTH, environment, loader
+from .reporting import (
+    accuracy_by_depth,
+    depth_rows,
+    draw_depths,
+    new_axes,
+    percent,
+    percent_with_interval,
+    save_figure,
+    set_length_ticks,
+    short_length,
+    start_or_continue,
+    table_head,
+    table_row,
+    wilson_interval,
+)
+
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 VARIANTS = {
     "compressed": "{family}, compression on",
@@ -62,16 +74,6 @@ class RecallSettings:
     span: float | None = None
     ratio: float | None = None
     perplexity_tokens: int = 512
-
-
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share (95 % with the default z); (0, 1) for no samples."""
-    if total == 0:
-        return 0.0, 1.0
-    share, weight = right / total, z * z / total
-    middle = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / total + weight / total / 4) / (1 + weight)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 @torch.no_grad()
@@ -205,11 +207,7 @@ def evaluate(
         ValueError: `output` holds the results of other settings.
     """
     header = {"settings": {**asdict(settings), "lengths": list(settings.lengths)}, "description": description or {}}
-    results: dict[str, Any] = {**header, "environment": _environment(), "cells": [], "perplexity": []}
-    if output.exists():
-        results = json.loads(output.read_text())
-        if any(results[name] != json.loads(json.dumps(value)) for name, value in header.items()):
-            raise ValueError(f"{output} holds results of other settings: name another output, or remove it")
+    results = start_or_continue(output, header, {"environment": environment(), "cells": [], "perplexity": []})
     sampler = RecallSampler(tokens, tokenizer, settings.seed, settings.digits)
     done = {(cell["variant"], cell["length"]) for cell in results["cells"]}
     with tqdm(total=len(models) * len(settings.lengths), desc="cells") as progress:
@@ -246,47 +244,32 @@ def _fill_perplexity(
             write_json(output, results)
 
 
-def _environment() -> dict[str, str]:
-    return {
-        "remamba_hf": remamba_hf.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
 def markdown_table(results: dict[str, Any]) -> str:
     """Exact match in percent by length, with 95 % intervals, and the perplexities, as Markdown tables."""
     lengths = results["settings"]["lengths"]
-    head = "| {} | " + " | ".join(_short(length) for length in lengths) + " |\n|---|" + "---|" * len(lengths) + "\n"
-    text = head.format("exact match, %") + _rows(results, lengths)
+    columns = [short_length(length) for length in lengths]
+    text = table_head("exact match, %", columns) + _rows(results, lengths)
     for name, inside in (("in the window", True), ("behind the window", False)):
         rows = _rows(results, lengths, inside, ("compressed",))
         label = _label(results, "compressed")
         text += rows.replace(label, f"{label}, fact {name}")
     kept = {cell["length"]: cell["digits_kept"] for cell in results["cells"] if cell["variant"] == "compressed"}
     if kept:
-        text += "| digits kept, % | " + " | ".join(_percent(kept.get(length)) for length in lengths) + " |\n"
+        text += table_row("digits kept, %", [percent(kept.get(length)) for length in lengths])
     by_variant: dict[str, dict[int, float]] = {}
     for entry in results["perplexity"]:
         by_variant.setdefault(entry["variant"], {})[entry["length"]] = entry["perplexity"]
     if by_variant:
-        text += "\n" + head.format("perplexity")
+        text += "\n" + table_head("perplexity", columns)
     for variant, values in by_variant.items():
-        shown = (f"{values[length]:.1f}" if length in values else "" for length in lengths)
-        text += f"| {_label(results, variant)} | " + " | ".join(shown) + " |\n"
+        text += table_row(_label(results, variant), [f"{values[n]:.1f}" if n in values else "" for n in lengths])
     return text
 
 
 def depth_table(results: dict[str, Any], variant: str = "compressed") -> str:
     """Exact match in percent by tenth of the text and length, as a Markdown table."""
-    lengths = results["settings"]["lengths"]
-    text = "| depth | " + " | ".join(_short(length) for length in lengths) + " |\n|---|" + "---|" * len(lengths) + "\n"
-    for tenth, row in enumerate(_accuracy_by_depth(results, variant)):
-        shown = (_percent(None if math.isnan(value) else value) for value in row)
-        text += f"| {tenth * 10}-{tenth * 10 + 10} % | " + " | ".join(shown) + " |\n"
-    return text
+    columns = [short_length(length) for length in results["settings"]["lengths"]]
+    return table_head("depth", columns) + depth_rows(_accuracy_by_depth(results, variant))
 
 
 def _label(results: dict[str, Any], variant: str) -> str:
@@ -307,99 +290,41 @@ def _rows(
         shown = []
         for length in lengths:
             records = cells.get((variant, length), ())
-            summary = summarize([record for record in records if inside is None or record["inside"] == inside])
-            low, high = summary["interval"]
-            empty = not summary["samples"]
-            shown.append("" if empty else f"{_percent(summary['accuracy'])} ({_percent(low)}-{_percent(high)})")
-        text += f"| {_label(results, variant)} | " + " | ".join(shown) + " |\n"
+            counted = [record["right"] for record in records if inside is None or record["inside"] == inside]
+            shown.append(percent_with_interval(sum(counted), len(counted)))
+        text += table_row(_label(results, variant), shown)
     return text
 
 
-def _short(length: int) -> str:
-    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f}"
-
-
-def _accuracy_by_depth(results: dict[str, Any], variant: str, parts: int = 10) -> np.ndarray:
-    """Accuracy `[parts, lengths]`; nan where there is no sample."""
-    lengths = results["settings"]["lengths"]
-    right, count = np.zeros((parts, len(lengths))), np.zeros((parts, len(lengths)))
-    for cell in results["cells"]:
-        if cell["variant"] == variant:
-            for record in cell["records"]:
-                place = min(int(record["depth"] * parts), parts - 1), lengths.index(cell["length"])
-                count[place] += 1
-                right[place] += record["right"]
-    return np.where(count > 0, right / np.maximum(count, 1), np.nan)
+def _accuracy_by_depth(results: dict[str, Any], variant: str) -> np.ndarray:
+    """Accuracy `[10, lengths]`; nan where there is no sample."""
+    cells = {cell["length"]: cell["records"] for cell in results["cells"] if cell["variant"] == variant}
+    return accuracy_by_depth(cells, results["settings"]["lengths"])
 
 
 def plot_lengths(results: dict[str, Any], path: str | Path) -> None:
     """Draws exact match by length, a line with its 95 % interval for every variant."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     for variant in dict.fromkeys(cell["variant"] for cell in results["cells"]):
         cells = sorted((cell for cell in results["cells"] if cell["variant"] == variant), key=lambda cell: cell["length"])
         lengths = [cell["length"] for cell in cells]
         axes.plot(lengths, [cell["accuracy"] for cell in cells], marker="o", label=_label(results, variant))
         low, high = zip(*(cell["interval"] for cell in cells), strict=True)
         axes.fill_between(lengths, low, high, alpha=0.15)
-    axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="prompt, tokens", ylabel="exact match")
-    axes.set_xticks(results["settings"]["lengths"], [_short(length) for length in results["settings"]["lengths"]])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
+    axes.set(ylim=(-0.02, 1.02), xlabel="prompt, tokens", ylabel="exact match")
+    set_length_ticks(axes, results["settings"]["lengths"])
     axes.legend()
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def plot_depths(results: dict[str, Any], path: str | Path, variant: str = "compressed") -> None:
     """Draws exact match by depth and length as a map of colours."""
-    figure, axes = _axes()
-    image = axes.imshow(_accuracy_by_depth(results, variant), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(results["settings"]["lengths"])), [_short(n) for n in results["settings"]["lengths"]])
-    axes.set_yticks(range(10), [f"{10 * tenth}-{10 * tenth + 10} %" for tenth in range(10)])
-    axes.set(xlabel="prompt, tokens", ylabel="depth of the fact", title=_label(results, variant))
+    figure, axes = new_axes()
+    columns = [short_length(length) for length in results["settings"]["lengths"]]
+    image = draw_depths(axes, _accuracy_by_depth(results, variant), columns)
+    axes.set(xlabel="prompt, tokens", title=_label(results, variant))
     figure.colorbar(image, label="exact match")
-    _save_figure(figure, path)
-
-
-def _axes() -> tuple[Any, Any]:
-    # Imported here: only plots need matplotlib (`pip install remamba_hf[eval]`).
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
-
-
-def _save_figure(figure: Any, path: str | Path) -> None:
-    path = Path(path)
-    temporary = path.with_name(f"unfinished-{path.name}")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
-
-
-def _family(folder: str) -> Family:
-    """The family of a checkpoint; a plain one is read by the family that extends it."""
-    kind = AutoConfig.from_pretrained(folder).model_type
-    family = FAMILIES.get(kind) or PLAIN_FAMILIES.get(kind)
-    if family is None:
-        raise ValueError(f"{folder} is a {kind!r} model. Give one of {sorted((*FAMILIES, *PLAIN_FAMILIES))}.")
-    return family
-
-
-def _loader(folder: str, device: str, cache: dict[str, PreTrainedModel]) -> Callable[[], PreTrainedModel]:
-    """Loads a model when it is first asked for, in bf16 on a GPU and fp32 elsewhere."""
-
-    def load() -> PreTrainedModel:
-        if folder not in cache:
-            dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-            cache[folder] = _family(folder).model_class.from_pretrained(folder, dtype=dtype).to(device).eval()
-        return cache[folder]
-
-    return load
+    save_figure(figure, path)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -426,6 +351,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     config = AutoConfig.from_pretrained(options.model)
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{options.model} is a {config.model_type!r} model, which compresses nothing. Give one of {sorted(FAMILIES)}, "
+            "or use remamba_hf.evaluation.memory."
+        )
     settings = RecallSettings(
         lengths=tuple(options.lengths),
         samples=options.samples,
@@ -441,11 +371,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     paths = list_books(options.books)
     tokens = encode_books(paths, tokenizer, seed=None)
     cache: dict[str, PreTrainedModel] = {}
-    models = {"compressed": (_loader(options.model, options.device, cache), True)}
+    models = {"compressed": (loader(options.model, options.device, cache), True)}
     if not options.only_compressed:
-        models["uncompressed"] = (_loader(options.model, options.device, cache), False)
+        models["uncompressed"] = (loader(options.model, options.device, cache), False)
     if options.plain_model:
-        models["plain"] = (_loader(options.plain_model, options.device, cache), False)
+        models["plain"] = (loader(options.plain_model, options.device, cache), False)
     names = ("compression_start", "compression_span", "compression_ratio", "compression_max_kept")
     description = {
         "family": config.model_type,

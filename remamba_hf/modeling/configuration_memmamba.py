@@ -2,7 +2,7 @@
 """Configuration of MemMamba."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import MambaConfig
 
@@ -111,15 +111,19 @@ class MemMambaConfig(RecurrentSettings, MambaConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
         for name in ("write_threshold", "read_threshold"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        if not 0 <= self.recency_weight < math.inf:
-            raise ValueError(f"recency_weight must be finite and at least 0, got {self.recency_weight}.")
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a number in [0, 1), got {getattr(self, name)!r}.")
+        if not _is_number(self.recency_weight) or not 0 <= self.recency_weight < math.inf:
+            raise ValueError(f"recency_weight must be a finite number of at least 0, got {self.recency_weight!r}.")
 
     def _check_count(self, name: str, least: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 __all__ = ["MemMambaConfig"]

@@ -80,6 +80,10 @@ class MemMambaBlock(GradientCheckpointingLayer):
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = MambaMixer(config, layer_idx)
 
+    def state_shapes(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Shapes of the layer's cached states, slot by slot."""
+        return [self.mixer.state_shapes(), self.memory.state_shapes()]
+
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -94,6 +94,20 @@ class ReaderOutput(nn.Linear, OwnStart):
         init.zeros_(self.weight)
 
 
+class FusionConvolution(nn.Conv1d, OwnStart):
+    """A pointwise convolution over a token and what it read, which starts by passing on what was read."""
+
+    def __init__(self, hidden_size: int):
+        nn.Conv1d.__init__(self, 2 * hidden_size, hidden_size, 1)
+
+    def init_parameters(self) -> None:
+        size = self.out_channels
+        kernel = torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1).unsqueeze(-1)
+        init.copy_(self.weight, kernel.to(self.weight))
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+
 class Fusion(OwnStart):
     """How what was read joins a token: the variants of the paper's Table 4. All leave zeros as they are."""
 
@@ -102,16 +116,11 @@ class Fusion(OwnStart):
         self.kind, self.threshold = config.fusion, config.read_threshold
         self.gate = nn.Linear(config.hidden_size, 1) if self.kind == "gated" or self.threshold > 0 else None
         self.weight = nn.Parameter(torch.ones(())) if self.kind == "weighted" else None
-        self.mix = nn.Conv1d(2 * config.hidden_size, config.hidden_size, 1) if self.kind == "conv1d" else None
+        self.mix = FusionConvolution(config.hidden_size) if self.kind == "conv1d" else None
 
     def init_parameters(self) -> None:
         if self.weight is not None:
             init.ones_(self.weight)
-        if self.mix is not None:
-            size = self.mix.out_channels
-            kernel = torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1).unsqueeze(-1)
-            init.copy_(self.mix.weight, kernel.to(self.mix.weight))
-            init.zeros_(self.mix.bias)
 
     def forward(self, tokens: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """Normed tokens and what they read, [B, T, H] both -> what is added to the tokens [B, T, H]."""
@@ -127,6 +136,16 @@ class Fusion(OwnStart):
         return read
 
 
+class WriteScore(nn.Linear):
+    """The projection whose sigmoid is a token's write score: in float32 at least, whatever the weight's dtype and autocast,
+    because a small error changes which notes stay."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else at_least_float32(self.bias)
+        with without_autocast(x):
+            return nn.functional.linear(at_least_float32(x), at_least_float32(self.weight), bias)
+
+
 class NoteMemory(nn.Module):
     """One layer's memory."""
 
@@ -135,7 +154,7 @@ class NoteMemory(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.write_score = nn.Linear(config.hidden_size, 1)
+        self.write_score = WriteScore(config.hidden_size, 1)
         self.note = nn.Linear(config.hidden_size, config.note_size, bias=False)
         self.note_norm = RMSNorm(config.note_size, eps=config.layer_norm_epsilon)
         self.token_reader = NoteReader(config)
@@ -161,8 +180,7 @@ class NoteMemory(nn.Module):
             cache_params: the memory's state to continue and to update.
         """
         tokens = self.norm(hidden_states)
-        with without_autocast(tokens):
-            scores = torch.sigmoid(self.write_score(tokens.to(self.write_score.weight.dtype)).squeeze(-1))
+        scores = torch.sigmoid(at_least_float32(self.write_score(tokens).squeeze(-1)))
         scores = scores.masked_fill(scores <= self.config.write_threshold, 0.0)
         notes = self.note(tokens)
         pool, opened = self._state(cache_params, len(tokens), notes, scores)
@@ -188,6 +206,11 @@ class NoteMemory(nn.Module):
             added = added + self.layer_fusion(tokens, self._tokens(read, clock, tokens))
         self._update(cache_params, pool, opened, clock)
         return added, pools, self._last_reading(pools, weights, clock) if wants_reading else None
+
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the cached states without the batch: of the open chunk, and of the pool with the tokens read."""
+        config = self.config
+        return (config.note_size + 1, config.chunk_size), (config.pool_size + 1, config.note_size + 2)
 
     def _tokens(self, grid: torch.Tensor, clock: Clock, like: torch.Tensor) -> torch.Tensor:
         """[B, n, C, H] -> [B, T, H]; a decoding step's [B, 1, 1, H] has no empty places."""
@@ -280,11 +303,9 @@ class NoteMemory(nn.Module):
         chunk = self.config.chunk_size
         rows = torch.arange(len(clock.read), device=weights.device)
         last = [max(read % chunk + length - 1, 0) for read, length in zip(clock.read, clock.lengths, strict=True)]
-        if weights.shape[3] == 1:  # a decoding step
-            place, column = torch.zeros_like(rows), torch.zeros_like(rows)
-        else:
-            place = torch.tensor([at // chunk for at in last], device=weights.device)
-            column = torch.tensor([at % chunk for at in last], device=weights.device)
+        # A decoding step has one chunk, with one place in it.
+        place = torch.tensor([min(at // chunk, pools.scores.shape[1] - 1) for at in last], device=weights.device)
+        column = torch.tensor([min(at % chunk, weights.shape[3] - 1) for at in last], device=weights.device)
         scores = pools.scores[rows, place]
         return Reading(
             pools.positions[rows, place].masked_fill(scores <= 0, -1), scores, weights[rows, place, :, column].mean(1)

@@ -50,6 +50,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         if (cache := kwargs.pop("past_key_values", None)) is not None:
             kwargs.setdefault("cache_params", cache)
         cache = kwargs.get("cache_params")
+        self.backbone.check_cache(cache)
         prompt = prompt_of(inputs, kwargs)
         if prompt is not None:
             _check_prompt(prompt, kwargs.get("attention_mask"), self.config.vocab_size)

@@ -25,7 +25,8 @@ from .recurrent_passes import PackedRows, RecurrentBackbone, check_shapes, check
 
 
 class OwnStart(nn.Module):
-    """A module whose parameters start otherwise than transformers starts linear layers and embeddings."""
+    """A module whose parameters start otherwise than transformers starts linear layers and embeddings. It must have some of
+    its own, not only in submodules: transformers asks no others."""
 
     def init_parameters(self) -> None:
         """Set the start, with the functions of `transformers.initialization`, which leave loaded weights alone."""
@@ -59,8 +60,8 @@ class RecurrentMixer(OwnStart):
     """The part of a mixer that both of Mamba's generations have: a depthwise convolution and states in a cache.
 
     Projections are always called as modules, never through their weights, so that adapters, quantised layers and hooks
-    act. A family's `forward` makes one pass over [B, L, H].
-    It has the modules `conv1d` (see `depthwise_convolution`) and `out_proj`.
+    act. A family has the modules `conv1d` (see `depthwise_convolution`) and `out_proj`, and a `forward` that makes one pass
+    over [B, L, H].
     """
 
     conv1d: nn.Conv1d
@@ -82,6 +83,10 @@ class RecurrentMixer(OwnStart):
 
     def init_steps_and_decay(self) -> None:
         """Set what decides how long the state remembers; called for models that are not loaded."""
+        raise NotImplementedError
+
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the cached states without the batch: of the convolution's inputs [E, W], and of the recurrence."""
         raise NotImplementedError
 
     def initial_step_bias(self, size: int, device: torch.device) -> torch.Tensor:
@@ -230,6 +235,7 @@ class RecurrentModel(RecurrentBackbone, RecurrentPreTrainedModel):
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         cache_params = _checked_arguments(kwargs, cache_params)
+        self.check_cache(cache_params)
         check_shapes(input_ids, inputs_embeds, labels)
         if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             check_token_ids(input_ids, self.config.vocab_size)
@@ -252,6 +258,20 @@ class RecurrentModel(RecurrentBackbone, RecurrentPreTrainedModel):
         if cache_params is not None and note is not None and not note.stale:
             cache_params.note = note._replace(stale=True)
         return PackedRows(input_ids, inputs_embeds, attention_mask, self.embeddings), cache_params, bool(use_cache)
+
+    def check_cache(self, cache_params: Cache | None) -> None:
+        """Raise a ValueError unless the cache, filled or not, is laid out for this model."""
+        if cache_params is None:
+            return
+        layers = getattr(cache_params, "layers", ())
+        blocks: Any = self.layers
+        if len(layers) != len(blocks) or not all(
+            _holds(layer, block.state_shapes()) for layer, block in zip(layers, blocks, strict=True)
+        ):
+            raise ValueError(
+                "The cache is one of another model: its layers or states have other shapes. Leave it out, or give an empty "
+                "DynamicCache(config=model.config)."
+            )
 
     def finished(self, output: Any, use_cache: bool, return_dict: bool | None) -> Any:
         """The output as it was asked for: with or without the cache, as an object or as a tuple."""
@@ -324,6 +344,18 @@ def _wants_dict(config: Any, return_dict: bool | None) -> bool:
     return bool(config.return_dict if return_dict is None else return_dict)
 
 
+def _holds(layer: Any, shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether a cache's layer has these states, or has room for as many."""
+    if getattr(layer, "number_of_states", 0) != len(shapes):
+        return False
+    states = [(layer.conv_states[slot], layer.recurrent_states[slot]) for slot in range(len(shapes))]
+    return all(
+        state is None or tuple(state.shape[1:]) == shape
+        for pair, wanted in zip(states, shapes, strict=True)
+        for state, shape in zip(pair, wanted, strict=True)
+    )
+
+
 def is_filled(cache_params: Cache | None) -> bool:
     """Whether the cache has read something."""
     return cache_params is not None and cache_params.has_previous_state()
@@ -343,11 +375,14 @@ def _checked_arguments(kwargs: dict[str, Any], cache_params: Cache | None) -> Ca
     """The cache under either of its names; raises on arguments that this model would have to ignore."""
     misspelt = [name for name in kwargs if name.startswith(("compres", "prefil", "prompt"))]
     if misspelt:
-        raise ValueError(f"forward has no arguments {misspelt}. Check their spelling against its docstring.")
+        raise ValueError(
+            f"forward has no arguments {misspelt}. Check their spelling against its docstring. Only the ReMamba families "
+            "compress prompts."
+        )
     cache = kwargs.pop("past_key_values", None)
     if any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")):
         raise ValueError(
-            "Packed rows (seq_idx, cu_seq_lens_*) are not supported: a prompt is compressed row by row. Pad the examples "
+            "Packed rows (seq_idx, cu_seq_lens_*) are not supported: every row has one text and one state. Pad the examples "
             "to a batch instead, e.g. with DataCollatorForSeq2Seq."
         )
     positions = kwargs.pop("position_ids", None)

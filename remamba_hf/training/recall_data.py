@@ -8,6 +8,8 @@
     Question: What is the secret number of Elinor Marsh?
     Answer: 48213<|endoftext|>
 
+`RecallText` is a text of which several people's numbers are asked, or whose text is a row of numbered documents.
+
 Sentences are planted at the ends of lines, so that the token ids are those of the text a user would write. Everything
 is a function of (seed, index): any sample can be made again, in any order and in any process.
 
@@ -96,6 +98,58 @@ class RecallSample:
     depth: float
 
 
+@dataclass(frozen=True)
+class AskedFact:
+    """A fact in a text, and the question for it.
+
+    Attributes:
+        question_ids: what follows the text, `int64[Q]`.
+        answer_ids, evidence, digits, name, number, depth: as in `RecallSample`; positions are the text's.
+    """
+
+    question_ids: np.ndarray
+    answer_ids: np.ndarray
+    evidence: tuple[int, int]
+    digits: tuple[int, int]
+    name: str
+    number: str
+    depth: float
+
+
+@dataclass(frozen=True)
+class RecallText:
+    """A text, of which one or several facts are asked, each by itself: the prompt of one is the text and its question.
+
+    Attributes:
+        text_ids: `int64[T]`.
+        asked: the facts that are asked.
+        other_numbers: the numbers of the people who are not asked for.
+    """
+
+    text_ids: np.ndarray
+    asked: tuple[AskedFact, ...]
+    other_numbers: tuple[str, ...]
+
+    def prompt_ids(self, fact: int = 0) -> np.ndarray:
+        """The text with the question for the fact of that number, `int64[T + Q]`."""
+        return np.concatenate([self.text_ids, self.asked[fact].question_ids])
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """A sentence before it is planted. ids: with its line end; name_start, digits_end: in it."""
+
+    ids: np.ndarray
+    name_start: int
+    digits_end: int
+    person: tuple[int, int]
+    digits: np.ndarray
+
+    @property
+    def number(self) -> str:
+        return "".join(map(str, self.digits))
+
+
 class RecallSampler:
     """Makes recall prompts from book tokens.
 
@@ -127,6 +181,7 @@ class RecallSampler:
         self.padding = int(tokenizer.pad_token_id)
         self.facts = [tuple(encode(part) for part in fact) for fact in FACTS]
         self.questions = [(encode("\n" + head), encode(tail)) for head, tail in QUESTIONS]
+        self.heading = encode("\nDocument ")
         self.first_names = [encode(" " + name) for name in FIRST_NAMES]
         self.last_names = [encode(" " + name) for name in LAST_NAMES]
 
@@ -144,45 +199,129 @@ class RecallSampler:
         Raises:
             ValueError: the prompt is too short for the facts and the question, or longer than the books.
         """
+        text = self.text(index, prompt_length, 1, distractors, None if depth is None else [depth])
+        fact = text.asked[0]
+        return RecallSample(
+            prompt_ids=text.prompt_ids(),
+            answer_ids=fact.answer_ids,
+            evidence=fact.evidence,
+            digits=fact.digits,
+            name=fact.name,
+            number=fact.number,
+            depth=fact.depth,
+        )
+
+    def text(
+        self,
+        index: int | Sequence[int],
+        prompt_length: int,
+        keys: int = 1,
+        distractors: int = 0,
+        depths: Sequence[float] | None = None,
+    ) -> RecallText:
+        """Makes the text number `index`, of which the numbers of `keys` people are asked; for one, that of `sample`.
+
+        Args:
+            index: as for `sample`.
+            prompt_length: tokens of the text with the longest of the questions, exactly.
+            keys: people who are asked for.
+            distractors: people who are not; all names and numbers are drawn alike.
+            depths: where the asked facts go, one each, as for `sample`; `None` draws them.
+
+        Raises:
+            ValueError: as for `sample`, or more people than there are names.
+        """
         generator = np.random.default_rng([self.seed, *np.atleast_1d(index)])
         for _ in range(FITTING_DRAWS):
-            people = self._people(generator, distractors + 1)
-            numbers = generator.integers(0, 10, size=(distractors + 1, self.digits))
-            facts = [self._fact(generator, name, number) for name, number in zip(people, numbers, strict=True)]
-            head, tail = self.questions[generator.integers(len(self.questions))]
-            question = np.concatenate([head, self._name_ids(people[0]), tail])
-            room = prompt_length - len(question) - sum(len(ids) for ids, _ in facts)
+            facts = self._facts(generator, keys + distractors)
+            questions = [self._question(generator, fact.person) for fact in facts[:keys]]
+            room = prompt_length - max(map(len, questions)) - sum(len(fact.ids) for fact in facts)
             if room > 0:
                 break
         text = self._text(generator, room)
-        depths = generator.random(distractors + 1)
-        if depth is not None:
-            depths[0] = depth
-        places = self._places(text, depths)
-        order = sorted(range(len(facts)), key=lambda fact: (places[fact], fact))
-        pieces, position, taken = [], 0, 0
-        for fact in order:
-            pieces.append(text[taken : places[fact]])
-            position += places[fact] - taken
-            taken = places[fact]
-            if fact == 0:
-                asked = position
-            pieces.append(facts[fact][0])
-            position += len(facts[fact][0])
-        prompt = np.concatenate([*pieces, text[taken:], question])
-        name_start, digits_end = facts[0][1]
-        return RecallSample(
-            prompt_ids=prompt,
-            answer_ids=np.concatenate([self.space, self.digit_ids[numbers[0]], [self.end_of_text]]),
-            evidence=(asked + name_start, asked + digits_end),
-            digits=(asked + digits_end - self.digits, asked + digits_end),
-            name=f"{FIRST_NAMES[people[0][0]]} {LAST_NAMES[people[0][1]]}",
-            number="".join(map(str, numbers[0])),
-            depth=places[0] / max(len(text), 1),
+        drawn = generator.random(keys + distractors)
+        if depths is not None:
+            drawn[:keys] = depths
+        places = self._places(text, drawn)
+        planted, starts = _planted(text, facts, places)
+        asked = tuple(
+            self._asked(facts[key], questions[key], starts[key], places[key] / max(len(text), 1)) for key in range(keys)
+        )
+        return RecallText(planted, asked, tuple(fact.number for fact in facts[keys:]))
+
+    def documents(
+        self,
+        index: int | Sequence[int],
+        noise: int,
+        distractors: int = 0,
+        depth: float | None = None,
+        document_length: int = 200,
+    ) -> RecallText:
+        """Makes a text of `noise` + 1 documents, in one of which stands the fact that is asked.
+
+        A document is a heading ("Document 17") and whole lines of a passage from anywhere in the books; the fact stands
+        between two of its lines.
+
+        Args:
+            index: as for `sample`.
+            noise: documents without the asked fact (arXiv 2510.03279 has 10 to 200).
+            distractors: facts about other people, each in another one of these.
+            depth: which document holds the fact, 0 (the first) to 1 (the last); `None` draws it. The fact's `depth` is
+                its place in the whole text.
+            document_length: tokens of a passage, at most.
+
+        Raises:
+            ValueError: more distractors than documents for them, or books too short for a passage.
+        """
+        if not 0 <= distractors <= noise:
+            raise ValueError(f"{distractors} distractors need as many documents without the fact, and there are {noise}")
+        generator = np.random.default_rng([self.seed, *np.atleast_1d(index)])
+        facts = self._facts(generator, distractors + 1)
+        question = self._question(generator, facts[0].person)
+        drawn = generator.random()
+        holder = min(int((drawn if depth is None else depth) * (noise + 1)), noise)
+        others = generator.choice(np.delete(np.arange(noise + 1), holder), size=distractors, replace=False)
+        fact_of = {holder: facts[0], **dict(zip(others.tolist(), facts[1:], strict=True))}
+        pieces, position, start = [], 0, 0
+        for number in range(noise + 1):
+            heading = np.concatenate([self.heading, self.digit_ids[list(map(int, str(number + 1)))], [self.newline]])
+            passage = self._passage(generator, document_length)
+            planted = [fact_of[number]] if number in fact_of else []
+            body, starts = _planted(passage, planted, self._places(passage, generator.random(len(planted))))
+            if number == holder:
+                start = position + len(heading) + starts[0]
+            pieces += [heading, body]
+            position += len(heading) + len(body)
+        asked = self._asked(facts[0], question, start, start / position)
+        return RecallText(np.concatenate(pieces), (asked,), tuple(fact.number for fact in facts[1:]))
+
+    def _facts(self, generator: np.random.Generator, count: int) -> list[_Fact]:
+        """Draws people, then their numbers, then the wordings."""
+        people = self._people(generator, count)
+        numbers = generator.integers(0, 10, size=(count, self.digits))
+        return [self._fact(generator, person, number) for person, number in zip(people, numbers, strict=True)]
+
+    def _question(self, generator: np.random.Generator, person: tuple[int, int]) -> np.ndarray:
+        head, tail = self.questions[generator.integers(len(self.questions))]
+        return np.concatenate([head, self._name_ids(person), tail])
+
+    def _asked(self, fact: _Fact, question: np.ndarray, start: int, depth: float) -> AskedFact:
+        """The fact that begins at the position `start` of its text."""
+        end = start + fact.digits_end
+        return AskedFact(
+            question_ids=question,
+            answer_ids=np.concatenate([self.space, self.digit_ids[fact.digits], [self.end_of_text]]),
+            evidence=(start + fact.name_start, end),
+            digits=(end - self.digits, end),
+            name=f"{FIRST_NAMES[fact.person[0]]} {LAST_NAMES[fact.person[1]]}",
+            number=fact.number,
+            depth=depth,
         )
 
     def _people(self, generator: np.random.Generator, count: int) -> list[tuple[int, int]]:
         """Draws people that differ in both names, so that the question has one answer."""
+        if count > min(len(FIRST_NAMES), len(LAST_NAMES)):
+            raise ValueError(f"{count} people are more than there are names: ask for fewer keys or distractors")
         first = generator.choice(len(FIRST_NAMES), size=count, replace=False)
         last = generator.choice(len(LAST_NAMES), size=count, replace=False)
         return [(int(one), int(other)) for one, other in zip(first, last, strict=True)]
@@ -190,14 +329,12 @@ class RecallSampler:
     def _name_ids(self, person: tuple[int, int]) -> np.ndarray:
         return np.concatenate([self.first_names[person[0]], self.last_names[person[1]]])
 
-    def _fact(
-        self, generator: np.random.Generator, person: tuple[int, int], number: np.ndarray
-    ) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns the ids of a fact with its line end, and where in it the name starts and the digits end."""
+    def _fact(self, generator: np.random.Generator, person: tuple[int, int], number: np.ndarray) -> _Fact:
         head, verb, tail = self.facts[generator.integers(len(self.facts))]
         name = self._name_ids(person)
         ids = np.concatenate([head, name, verb, self.space, self.digit_ids[number], tail, [self.newline]])
-        return ids, (len(head), len(head) + len(name) + len(verb) + len(self.space) + self.digits)
+        digits_end = len(head) + len(name) + len(verb) + len(self.space) + self.digits
+        return _Fact(ids, len(head), digits_end, person, number)
 
     def _text(self, generator: np.random.Generator, length: int) -> np.ndarray:
         """Returns book text that ends with a line end."""
@@ -210,6 +347,22 @@ class RecallSampler:
         text[-1] = self.newline
         return text
 
+    def _passage(self, generator: np.random.Generator, length: int) -> np.ndarray:
+        """Returns the whole lines of at most `length` tokens of the books (cut where a line is longer), no blank ones at
+        the ends."""
+        if 2 * length > len(self.tokens):
+            raise ValueError(f"the books have {len(self.tokens)} tokens, too few for passages of {length}")
+        for _ in range(FITTING_DRAWS):
+            start = int(generator.integers(0, len(self.tokens) - 2 * length + 1))
+            window = np.asarray(self.tokens[start : start + 2 * length], dtype=np.int64)
+            ends = np.flatnonzero(window == self.newline) + 1
+            first = int(ends[0]) if len(ends) and ends[0] <= length else 0
+            inside = ends[(ends > first) & (ends <= first + length)]
+            passage = window[first : int(inside[-1]) if len(inside) else first + length - 1]
+            if (passage != self.newline).any():
+                break
+        return np.append(np.trim_zeros(passage - self.newline) + self.newline, self.newline)
+
     def _places(self, text: np.ndarray, depths: np.ndarray) -> list[int]:
         """Returns, for every depth, the nearest start of a line; the start of the text is one."""
         starts = np.append(0, np.flatnonzero(text == self.newline) + 1)
@@ -217,6 +370,19 @@ class RecallSampler:
         after = np.minimum(np.searchsorted(starts, target), len(starts) - 1)
         before = np.maximum(after - 1, 0)
         return np.where(target - starts[before] <= starts[after] - target, starts[before], starts[after]).tolist()
+
+
+def _planted(text: np.ndarray, facts: Sequence[_Fact], places: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """The text with facts inserted before its tokens `places`, and where in the result each begins."""
+    pieces, position, taken = [], 0, 0
+    starts = [0] * len(facts)
+    for fact in sorted(range(len(facts)), key=lambda fact: (places[fact], fact)):
+        pieces.append(text[taken : places[fact]])
+        position += places[fact] - taken
+        taken, starts[fact] = places[fact], position
+        pieces.append(facts[fact].ids)
+        position += len(facts[fact].ids)
+    return np.concatenate([*pieces, text[taken:]]), starts
 
 
 @dataclass(frozen=True)

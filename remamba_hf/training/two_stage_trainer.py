@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 # Weight decay would pull these towards a value that means something else than "small": A_log = 0 is a time constant,
-# D = 0 cuts the skip, and a bias of the step size sets how fast the state forgets.
-NO_DECAY = re.compile(r"bias|A_log|(?:^|\.)D$|norm(?:_f)?\.")
+# D = 0 cuts the skip, a bias of the step size sets how fast the state forgets, a sink of 0 is a note like others, and the
+# weight of a fusion scales all that is read.
+NO_DECAY = re.compile(r"bias|A_log|(?:^|\.)D$|norm(?:_f)?\.|\.sink$|fusion\.weight$")
 
 
 def decayed_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay may act on: all but biases (Theta is one), norms, `A_log` and `D`."""
+    """Names of the parameters that weight decay may act on: all but biases (Theta is one), norms, `A_log`, `D`, the sinks of
+    readers and the weights of fusions."""
     return [name for name, _ in model.named_parameters() if not NO_DECAY.search(name)]
 
 

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_tests.modeling.tiny_models import tiny_memmamba
+from remamba_hf.evaluation import fidelity
+
+VOCABULARY, SIZE = 11, 6
+
+
+def random_logits(rows=2, length=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, length, VOCABULARY, generator=generator, dtype=torch.float64)
+    ids = torch.randint(VOCABULARY, (rows, length), generator=generator)
+    embeddings = torch.randn(VOCABULARY, SIZE, generator=generator, dtype=torch.float64)
+    return logits, ids, embeddings
+
+
+def naive_expected(logits, embeddings):
+    weights = [math.exp(value) for value in logits.tolist()]
+    return sum(weight / sum(weights) * embedding for weight, embedding in zip(weights, embeddings, strict=True))
+
+
+def naive_cosine(one, other):
+    return (one @ other).item() / math.sqrt((one @ one).item() * (other @ other).item())
+
+
+@pytest.mark.parametrize("distance", [0, 1, 4])
+def test_etmf_is_the_mean_cosine_of_a_token_and_what_is_predicted(distance):
+    logits, ids, embeddings = random_logits()
+    cosines = [
+        naive_cosine(embeddings[ids[row, j - distance]], naive_expected(logits[row, j], embeddings))
+        for row in range(2)
+        for j in range(distance, 9)
+    ]
+    expected = fidelity.expected_embeddings(logits, embeddings)
+    value = fidelity.token_fidelity(expected, ids, embeddings, distance)
+    assert value.dtype == torch.float64
+    assert value.item() == pytest.approx(sum(cosines) / len(cosines), abs=1e-12)
+
+
+def test_chance_is_the_mean_over_all_pairs_of_a_row():
+    logits, ids, embeddings = random_logits()
+    cosines = [
+        naive_cosine(embeddings[ids[row, i]], naive_expected(logits[row, j], embeddings))
+        for row in range(2)
+        for i in range(9)
+        for j in range(9)
+    ]
+    expected = fidelity.expected_embeddings(logits, embeddings)
+    chance = sum(cosines) / len(cosines)
+    assert fidelity.chance_fidelity(expected, ids, embeddings).item() == pytest.approx(chance, abs=1e-12)
+    corrected = fidelity.corrected_token_fidelity(expected, ids, embeddings, 3)
+    assert corrected.item() == pytest.approx(fidelity.token_fidelity(expected, ids, embeddings, 3).item() - chance)
+
+
+def test_etmf_rewards_copying_and_the_corrected_form_what_is_remembered():
+    _, ids, embeddings = random_logits(rows=1, length=400)
+    embeddings = embeddings + 3.0  # a direction that all share: any two tokens are alike
+    copies = 50.0 * torch.nn.functional.one_hot(ids, VOCABULARY).double()
+    remembers = copies.roll(8, dims=1)
+    copying, remembering = (fidelity.expected_embeddings(logits, embeddings) for logits in (copies, remembers))
+    assert fidelity.token_fidelity(copying, ids, embeddings).item() == pytest.approx(1.0)
+    assert fidelity.token_fidelity(copying, ids, embeddings, 8) > 0.7, "by the shared direction alone"
+    assert abs(fidelity.corrected_token_fidelity(copying, ids, embeddings, 8)) < 0.03
+    chance = fidelity.chance_fidelity(remembering, ids, embeddings).item()
+    assert fidelity.corrected_token_fidelity(remembering, ids, embeddings, 8).item() == pytest.approx(1 - chance)
+
+
+def test_expected_embeddings_of_half_precision_are_computed_in_float32():
+    logits, _, embeddings = random_logits()
+    result = fidelity.expected_embeddings(logits.bfloat16(), embeddings.bfloat16())
+    assert result.dtype == torch.float32
+    wanted = fidelity.expected_embeddings(logits.bfloat16().double(), embeddings.bfloat16().double())
+    torch.testing.assert_close(result.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_distances_without_a_token_are_refused():
+    logits, ids, embeddings = random_logits()
+    with pytest.raises(ValueError, match="0 to 8"):
+        fidelity.token_fidelity(fidelity.expected_embeddings(logits, embeddings), ids, embeddings, 9)
+
+
+def noise(positions, size, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((positions, size)))
+
+
+def test_eclmf_is_the_paper_s_formula():
+    x, y = noise(40, 7), noise(40, 7, seed=1) * 2 + noise(40, 7)
+    # The same minimum as ordinary least squares of rows sqrt(lambda) I -> 0 below the data.
+    stacked = np.vstack([x.numpy(), math.sqrt(1e-4) * np.eye(7)])
+    weights = np.linalg.lstsq(stacked, np.vstack([y.numpy(), np.zeros((7, 7))]), rcond=None)[0]
+    residual = math.sqrt(((y.numpy() - x.numpy() @ weights) ** 2).sum())
+    wanted = 1 - residual / (math.sqrt((x.numpy() ** 2).sum()) + 1e-6)
+    assert fidelity.layer_fidelity(x, y) == pytest.approx(wanted, abs=1e-9)
+    assert fidelity.layer_fidelity(x, y, penalty=100.0) < wanted - 0.01
+
+
+def test_held_out_form_is_that_of_the_positions_not_fitted():
+    x, y = noise(60, 5), noise(60, 5, seed=1) + noise(60, 5) @ noise(5, 5, seed=2) + 4.0
+    fitted = torch.arange(60) % 3 > 0
+    mean_x, mean_y = x[fitted].mean(0), y[fitted].mean(0)
+    inputs = (x[fitted] - mean_x).numpy()
+    penalty = 0.3 * (inputs**2).sum() / 5
+    weights = np.linalg.inv(inputs.T @ inputs + penalty * np.eye(5)) @ inputs.T @ (y[fitted] - mean_y).numpy()
+    errors = totals = 0.0
+    for position in (~fitted).nonzero().flatten().tolist():
+        wanted = (y[position] - mean_y).numpy()
+        errors += ((wanted - (x[position] - mean_x).numpy() @ weights) ** 2).sum()
+        totals += (wanted**2).sum()
+    assert fidelity.held_out_fidelity(x, y, fitted, penalty=0.3) == pytest.approx(1 - errors / totals, abs=1e-12)
+
+
+def test_noise_deceives_the_paper_s_form_and_not_the_held_out_one():
+    x, y = noise(64, 64), noise(64, 64, seed=1)
+    fitted = torch.arange(64) < 32
+    assert fidelity.layer_fidelity(x, y) > 0.95
+    assert fidelity.held_out_fidelity(x, y, fitted) < 0
+    many = torch.cat([x, noise(300, 64, seed=3)])
+    linear = many @ noise(64, 64, seed=2) + 1.0
+    assert fidelity.held_out_fidelity(many, linear, torch.arange(364) < 300) > 0.999
+
+
+def test_only_the_paper_s_form_depends_on_scale():
+    x, y = noise(80, 4), noise(80, 4, seed=1) + noise(80, 4)
+    fitted = torch.arange(80) < 40
+    assert fidelity.held_out_fidelity(x, y, fitted) == pytest.approx(fidelity.held_out_fidelity(100 * x, 7 * y, fitted))
+    assert abs(fidelity.layer_fidelity(x, y) - fidelity.layer_fidelity(100 * x, y)) > 0.3
+    for wrong in (torch.ones(80, dtype=torch.bool), torch.zeros(80, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="positions to fit on"):
+            fidelity.held_out_fidelity(x, y, wrong)
+
+
+def test_a_model_is_measured_by_its_blocks_and_logits():
+    model = tiny_memmamba()
+    passages = torch.randint(2, 50, (3, 24), generator=torch.Generator().manual_seed(1))
+    result = fidelity.measure(model, passages, distances=(0, 5), gaps=(1, 2, 5))
+    outputs = [model(passage[None], output_hidden_states=True) for passage in passages]
+    embeddings = model.get_input_embeddings().weight
+    blocks = [torch.cat([output.hidden_states[layer][0] for output in outputs]).float() for layer in range(3)]
+    values = [
+        fidelity.token_fidelity(fidelity.expected_embeddings(output.logits, embeddings), passage[None], embeddings, 5).item()
+        for output, passage in zip(outputs, passages, strict=True)
+    ]
+    assert result["etmf"]["5"]["paper"]["mean"] == pytest.approx(sum(values) / 3, abs=1e-9)
+    assert result["etmf"]["5"]["corrected"]["mean"] == pytest.approx(sum(values) / 3 - result["chance"]["mean"], abs=1e-9)
+    assert result["etmf"]["5"]["paper"]["standard_error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(3), abs=1e-9)
+    assert len(result["eclmf"]["1"]["paper"]["layers"]) == 2
+    in_sample = fidelity.layer_fidelity(blocks[0], blocks[2])
+    assert result["eclmf"]["2"]["paper"]["layers"] == [pytest.approx(in_sample, abs=1e-9)]
+    fitted = torch.tensor(([True] * 12 + [False] * 12) * 3)
+    held_out = fidelity.held_out_fidelity(blocks[0], blocks[2], fitted)
+    assert result["eclmf"]["2"]["held_out_r2"]["mean"] == pytest.approx(held_out, abs=1e-9)
+    assert result["eclmf"]["5"] is None, "three layers have no gap of five"
+
+
+def test_command_compares_two_models(books, memmamba_folder, plain_folder, tmp_path, capsys):
+    output = tmp_path / "results" / "fidelity.json"
+    common = ["--model", str(memmamba_folder), "--books", str(books), "--output", str(output), "--device", "cpu"]
+    fidelity.main([*common, "--plain-model", str(plain_folder), "--length", "64", "--passages", "2", "--gaps", "1", "3"])
+    results = json.loads(output.read_text())
+    assert [entry["model_type"] for entry in results["models"].values()] == ["memmamba", "mamba"]
+    assert list(results["models"]["plain"]["etmf"]) == ["0", "8", "16", "32"]
+    assert "| ETMF, by distance | 0 | 8 | 16 | 32 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="less than the length"):
+        fidelity.main([*common, "--length", "32"])
+    with pytest.raises(ValueError, match="shorter --length"):
+        fidelity.main([*common, "--length", "1000000"])

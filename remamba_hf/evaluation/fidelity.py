@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of its tokens and of its lower layers a model's states still tell: ETMF and ECLMF of arXiv 2510.03279, section 2,
+and forms of both that correct what these measure besides.
+
+    python -m remamba_hf.evaluation.fidelity --model MODEL --books BOOKS --output fidelity.json
+
+ETMF as the paper defines it compares what a state predicts with the token that the state has just read, so that a model
+that copies its input scores best. Here its distance variants compare with the token so many positions back, and the
+corrected form subtracts what any two positions would score.
+
+ECLMF as the paper defines it fits and tests on the same positions and divides by the norm of the lower layer, so that
+independent noise scores almost 1 once there are as few positions as features, and a layer of larger scale scores better.
+The corrected form is the R^2 of positions that the fit has not seen.
+
+Shapes: `B` rows, `L` positions, `V` vocabulary, `D` hidden size, `N` positions of all rows.
+"""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from remamba_hf.training.book_tokens import encode_books, list_books, write_json
+
+from .checkpoints import environment, load_model, plain_reading
+from .reporting import table_head, table_row
+
+DISTANCES = (0, 8, 16, 32)
+GAPS = (2, 5, 10)
+PENALTY = 1e-4
+
+
+def expected_embeddings(logits: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """sum_v softmax(logits)(v) E[v]: the mean embedding of what each position predicts.
+
+    Args:
+        logits: [B, L, V], any floating dtype; computed in its own, at least float32.
+        embeddings: [V, D], the input embeddings E.
+
+    Returns:
+        [B, L, D].
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(dtype).softmax(-1) @ embeddings.to(dtype)
+
+
+def token_fidelity(
+    expected: torch.Tensor, input_ids: torch.Tensor, embeddings: torch.Tensor, distance: int = 0
+) -> torch.Tensor:
+    """ETMF (arXiv 2510.03279, section 2): the mean over j of cos(E[x_(j - distance)], expected_j).
+
+    Args:
+        expected: [B, L, D], of `expected_embeddings`.
+        input_ids: [B, L] long.
+        embeddings: [V, D].
+        distance: 0 is the definition; the paper's variants have 8, 16 and 32, which it does not spell out: here the token
+            that many positions back.
+
+    Returns:
+        Scalar in [-1, 1].
+
+    Raises:
+        ValueError: no position has a token that far back.
+    """
+    length = input_ids.shape[1]
+    if not 0 <= distance < length:
+        raise ValueError(f"distance is {distance}, but there are {length} positions: give 0 to {length - 1}")
+    tokens = embeddings[input_ids[:, : length - distance]].to(expected.dtype)
+    return torch.cosine_similarity(tokens, expected[:, distance:], dim=-1).mean()
+
+
+def chance_fidelity(expected: torch.Tensor, input_ids: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """What `token_fidelity` would be of tokens that have nothing to do with the positions: the mean cosine over all pairs of
+    a token and a position of the same row. Embeddings that share a direction score well above 0.
+
+    Arguments and result as for `token_fidelity`.
+    """
+    tokens = torch.nn.functional.normalize(embeddings[input_ids].to(expected.dtype), dim=-1)
+    directions = torch.nn.functional.normalize(expected, dim=-1)
+    return (tokens.mean(1) * directions.mean(1)).sum(-1).mean()
+
+
+def corrected_token_fidelity(
+    expected: torch.Tensor, input_ids: torch.Tensor, embeddings: torch.Tensor, distance: int
+) -> torch.Tensor:
+    """`token_fidelity` of the token `distance` positions back, less `chance_fidelity`: 0 if states tell nothing of it."""
+    return token_fidelity(expected, input_ids, embeddings, distance) - chance_fidelity(expected, input_ids, embeddings)
+
+
+def ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
+    """W [D, D'] that minimises ||y - x W||^2 + penalty ||W||^2, of x [N, D] and y [N, D'] in float64."""
+    x, y = x.double(), y.double()
+    gram = x.T @ x
+    gram.diagonal().add_(penalty)
+    return torch.linalg.solve(gram, x.T @ y)
+
+
+def layer_fidelity(x: torch.Tensor, y: torch.Tensor, penalty: float = PENALTY) -> float:
+    """ECLMF_(l -> l+G) (arXiv 2510.03279, section 2): 1 - ||Y - X W||_F / (||X||_F + 1e-6), W by `ridge` on all of X and Y.
+
+    Args:
+        x, y: [N, D], the outputs of layers l and l + G.
+        penalty: the paper's lambda.
+    """
+    x, y = x.double(), y.double()
+    residual = y - x @ ridge(x, y, penalty)
+    return 1 - (residual.norm() / (x.norm() + 1e-6)).item()
+
+
+def held_out_fidelity(x: torch.Tensor, y: torch.Tensor, fitted: torch.Tensor, penalty: float = PENALTY) -> float:
+    """R^2 of a ridge from x to y on positions that it was not fitted on: 1 if these are a linear function of x, 0 if x
+    helps no more than the mean of y, below 0 if it misleads. The same for x and y of any scale.
+
+    Args:
+        x, y: [N, D], the outputs of layers l and l + G.
+        fitted: [N] bool, the positions to fit on.
+        penalty: in units of the mean square of x over the fitted positions.
+
+    Raises:
+        ValueError: nothing to fit on, or nothing to test on.
+    """
+    if bool(fitted.all()) or not bool(fitted.any()):
+        raise ValueError("held-out fidelity needs positions to fit on and others to test on")
+    x, y = x.double(), y.double()
+    x_mean, y_mean = x[fitted].mean(0), y[fitted].mean(0)
+    inputs = x[fitted] - x_mean
+    weights = ridge(inputs, y[fitted] - y_mean, penalty * inputs.square().sum().item() / inputs.shape[1])
+    wanted = y[~fitted] - y_mean
+    residual = wanted - (x[~fitted] - x_mean) @ weights
+    return 1 - (residual.square().sum() / wanted.square().sum()).item()
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    passages: torch.Tensor,
+    distances: Sequence[int] = DISTANCES,
+    gaps: Sequence[int] = GAPS,
+) -> dict[str, Any]:
+    """All metrics of a model on passages [P, L] of token ids.
+
+    Layers are numbered from 1, and layer l's output is what goes into layer l + 1, before the final norm. The corrected
+    ECLMF fits on the first half of every passage and tests on the second.
+
+    Returns:
+        `etmf`, by distance (a string, for JSON): `paper` and `corrected`, each with the standard error over passages;
+        `chance`. `eclmf`, by gap: `paper` and `held_out_r2`, by first layer, with their means; None for gaps that the model
+        has too few layers for.
+
+    Raises:
+        ValueError: passages of less than two tokens.
+    """
+    if passages.shape[1] < 2:
+        raise ValueError("passages need at least two tokens: half of them are fitted on")
+    embeddings = model.get_input_embeddings().weight
+    forms = {"paper": token_fidelity, "corrected": corrected_token_fidelity}
+    etmf: dict[str, dict[str, list[float]]] = {str(distance): {form: [] for form in forms} for distance in distances}
+    chance: list[float] = []
+    layers: list[list[torch.Tensor]] = []
+    for passage in tqdm(passages, desc="passages", leave=False):
+        ids = passage[None].to(model.device)
+        output = model(ids, output_hidden_states=True, use_cache=False, **plain_reading(model))
+        expected = expected_embeddings(output.logits, embeddings)
+        chance.append(chance_fidelity(expected, ids, embeddings).item())
+        for distance in distances:
+            for form, function in forms.items():
+                etmf[str(distance)][form].append(function(expected, ids, embeddings, distance).item())
+        layers.append([state[0].float().cpu() for state in output.hidden_states[:-1]])  # the last is the final norm's
+    states = [torch.cat(parts) for parts in zip(*layers, strict=True)]
+    fitted = (torch.arange(passages.shape[1]) < passages.shape[1] // 2).repeat(len(passages))
+    return {
+        "etmf": {
+            distance: {form: _mean_and_error(values) for form, values in by_form.items()}
+            for distance, by_form in etmf.items()
+        },
+        "chance": _mean_and_error(chance),
+        "eclmf": {str(gap): _across_layers(states, fitted, gap, model.device) for gap in gaps},
+    }
+
+
+def _mean_and_error(values: Sequence[float]) -> dict[str, float | None]:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "standard_error": error}
+
+
+def _across_layers(
+    states: Sequence[torch.Tensor], fitted: torch.Tensor, gap: int, device: torch.device
+) -> dict[str, Any] | None:
+    """Both forms of ECLMF from every layer to the one `gap` above it."""
+    paper, held_out = [], []
+    for below, above in zip(states, states[gap:], strict=False):
+        x, y = below.to(device), above.to(device)
+        paper.append(layer_fidelity(x, y))
+        held_out.append(held_out_fidelity(x, y, fitted.to(device)))
+    if not paper:
+        return None
+    return {
+        "paper": {"mean": statistics.fmean(paper), "layers": paper},
+        "held_out_r2": {"mean": statistics.fmean(held_out), "layers": held_out},
+    }
+
+
+def spread_passages(tokens: np.ndarray, count: int, length: int) -> torch.Tensor:
+    """`count` passages [count, length] long, evenly over the tokens.
+
+    Raises:
+        ValueError: fewer tokens than a passage has.
+    """
+    if length > len(tokens):
+        raise ValueError(
+            f"the books have {len(tokens)} tokens, fewer than the {length} of a passage: give a shorter --length"
+        )
+    starts = np.linspace(0, len(tokens) - length, count).astype(int)
+    return torch.from_numpy(np.stack([np.asarray(tokens[start : start + length], dtype=np.int64) for start in starts]))
+
+
+def markdown_tables(results: dict[str, Any]) -> str:
+    """The results as two Markdown tables."""
+    distances, gaps = results["settings"]["distances"], results["settings"]["gaps"]
+    text = table_head("ETMF, by distance", [str(distance) for distance in distances])
+    for name, result in results["models"].items():
+        for form in ("paper", "corrected"):
+            shown = [f"{result['etmf'][str(distance)][form]['mean']:.3f}" for distance in distances]
+            text += table_row(f"{name}, {form}", shown)
+    text += "\n" + table_head("ECLMF, mean over layers, by gap", [str(gap) for gap in gaps])
+    for name, result in results["models"].items():
+        for form, label in (("paper", "paper"), ("held_out_r2", "held-out R^2")):
+            found = [result["eclmf"][str(gap)] for gap in gaps]
+            text += table_row(f"{name}, {label}", ["" if each is None else f"{each[form]['mean']:.3f}" for each in found])
+    return text
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--plain-model", help="folder or Hub id of a plain model of the same tokenizer, to compare with")
+    parser.add_argument("--books", required=True, help="folder of .txt books that the models were not trained on")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
+    parser.add_argument("--passages", type=int, default=8, help="passages, evenly over the books")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a passage")
+    parser.add_argument("--distances", type=int, nargs="+", default=list(DISTANCES), help="of ETMF, tokens")
+    parser.add_argument("--gaps", type=int, nargs="+", default=list(GAPS), help="of ECLMF, layers")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    if min(options.gaps) < 1 or min(options.distances) < 0 or max(options.distances) >= options.length:
+        raise ValueError("gaps are at least 1, and distances at least 0 and less than the length of a passage")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    paths = list_books(options.books)
+    tokens = encode_books(paths, AutoTokenizer.from_pretrained(options.model), seed=None)
+    passages = spread_passages(tokens, options.passages, options.length)
+    names = ("passages", "length", "distances", "gaps")
+    results: dict[str, Any] = {
+        "settings": {name: getattr(options, name) for name in names},
+        "description": {"books": [path.name for path in paths], "tokens": len(tokens)},
+        "environment": environment(options.device),
+        "models": {},
+    }
+    for name, checkpoint in (("model", options.model), ("plain", options.plain_model)):
+        if checkpoint:
+            model = load_model(checkpoint, options.device)
+            kind = {
+                "model_type": AutoConfig.from_pretrained(checkpoint).model_type,
+                "layers": model.config.num_hidden_layers,
+            }
+            results["models"][name] = {**kind, **measure(model, passages, options.distances, options.gaps)}
+            write_json(options.output, results)
+    print(markdown_tables(results))
+
+
+if __name__ == "__main__":
+    main()
