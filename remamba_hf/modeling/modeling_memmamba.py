@@ -277,9 +277,9 @@ class MemMambaForCausalLM(RecurrentForCausalLM, MemMambaPreTrainedModel, Generat
 
 def _latest(earlier: list[Reading], later: list[Reading], lengths: list[int]) -> list[Reading]:
     """Of two chunks of a pass each row's reading in the last one that had tokens of it."""
-    took = torch.tensor([length > 0 for length in lengths], device=later[0].scores.device)[:, None]
+    took = torch.tensor([length > 0 for length in lengths])[:, None]
     return [
-        Reading(*(torch.where(took, new, old) for new, old in zip(after, before, strict=True)))
+        Reading(*(torch.where(took.to(new.device), new, old) for new, old in zip(after, before, strict=True)))
         for after, before in zip(later, earlier, strict=True)
     ]
 
