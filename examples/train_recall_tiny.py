@@ -13,7 +13,8 @@ The curriculum of ReMamba: first a plain trunk learns to copy a number, from pro
 compressor's values learn to look like the text they stand for, and its scores where the evidence is. Then prompts are
 compressed, first to every vector, then to fewer, while they grow. See remamba_hf/training/recall_losses.py.
 
-The curriculum of MemMamba: prompts grow to 4,096 tokens, and from 512 tokens on they hold other people's numbers too.
+The curriculum of MemMamba: prompts grow to 4,096 tokens, and from 128 tokens on they hold several people's numbers, of which
+two are asked for, one after the other.
 """
 
 import argparse
@@ -64,6 +65,7 @@ class Recipe:
     # What each family's configuration has of its own; their models have about the same number of parameters.
     families: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: LossWeights = LossWeights()  # noqa: RUF009 - frozen
+    noise: float = 0.0
     weight_decay: float = 0.1
     # Shares of the budget: after the first the learning rate falls in any case, after the second a model that has not
     # learned to copy at all starts anew with another seed.
@@ -154,23 +156,27 @@ SMOKE = Recipe(
 
 FULL_NOTES = replace(
     FULL,
-    families={"memmamba": dict(state_size=16), "remamba": dict(state_size=16)},
+    families={"memmamba": dict(state_size=16, write_cost=0.05), "remamba": dict(state_size=16)},
+    noise=0.01,
+    learning_rate=1e-3,
+    weights=LossWeights(language=0.1),
     levels=(
         RecallLevel((64, 80)),
-        RecallLevel((128,)),
-        RecallLevel((192, 256)),
-        RecallLevel((384, 512)),
-        RecallLevel((512, 1024), distractors=1),
-        RecallLevel((1024, 2048), distractors=2),
-        RecallLevel((1024, 2048, 4096), distractors=4),
+        RecallLevel((128,), questions=2),
+        RecallLevel((192, 256), questions=2),
+        RecallLevel((384, 512), questions=2, distractors=1),
+        RecallLevel((512, 1024), questions=2, distractors=2),
+        RecallLevel((1024, 2048), questions=2, distractors=2),
+        RecallLevel((1024, 2048, 4096), questions=2, distractors=2),
     ),
 )
 SMOKE_NOTES = replace(
     SMOKE,
     families={
-        "memmamba": dict(state_size=16, note_size=32, pool_size=16, chunk_size=16, cross_layer_period=0),
+        "memmamba": dict(state_size=16, note_size=32, pool_size=16, chunk_size=16, cross_layer_period=0, write_cost=0.05),
         "remamba": dict(state_size=16),
     },
+    noise=0.01,
     levels=(RecallLevel((56,)), RecallLevel((64, 80)), RecallLevel((96, 128)), RecallLevel((192, 256))),
 )
 
@@ -230,7 +236,7 @@ def build(
 ) -> tuple[RecallTrainer, Curriculum]:
     """The trainer of one attempt."""
     max_steps = arguments.max_steps or recipe.max_steps
-    sampler = RecallSampler(tokens, tokenizer, seed, recipe.digits)
+    sampler = RecallSampler(tokens, tokenizer, seed, recipe.digits, recipe.noise)
     dataset = RecallDataset(sampler, recipe.levels, recipe.tokens_per_batch, max_steps)
     curriculum = Curriculum(
         dataset,
@@ -285,6 +291,8 @@ def save(trainer: RecallTrainer, curriculum: Curriculum, recipe: Recipe, argumen
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(exact)
         # Loading in bf16 leaves in fp32 what has to stay there (A_log, D, the biases of the step size).
         rounded = CLASSES[arguments.family][1].from_pretrained(exact, dtype=torch.bfloat16)
+    if arguments.plain:
+        rounded = as_plain(rounded)
     partial = arguments.output / "model.partial"
     rounded.save_pretrained(partial)
     trainer.processing_class.save_pretrained(partial)
@@ -313,6 +321,19 @@ def save(trainer: RecallTrainer, curriculum: Curriculum, recipe: Recipe, argumen
             "history": history,
         },
     )
+
+
+def as_plain(model: PreTrainedModel) -> PreTrainedModel:
+    """transformers' own Mamba or Mamba-2 with the weights of a model that was trained as one."""
+    family = FAMILIES[model.config.model_type]
+    given = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")}
+    known = family.plain_config_class().to_dict()
+    plain = family.plain_model_class(family.plain_config_class(**{name: given[name] for name in known if name in given}))
+    missing, _ = plain.load_state_dict(model.state_dict(), strict=False, assign=True)
+    if missing:
+        raise RuntimeError(f"{family.plain_name} has weights that the trained model lacks: {missing}")
+    plain.tie_weights()
+    return plain
 
 
 def parse_arguments() -> argparse.Namespace:

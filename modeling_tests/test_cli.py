@@ -205,7 +205,7 @@ def test_reading_tells_what_was_noted(memmamba, tmp_path):
     assert {p for passage in reading.passages for p in range(passage.start, passage.stop)} >= set(largest)
     assert (reading.positions, reading.scores, reading.window.length) == ([], [], 0)
     assert f"{len(largest)} tokens; most read: {largest[best]:.2f}" in reading.report()
-    memory = config.chunk_size * (config.note_size + 1) + (config.pool_size + 1) * (config.note_size + 2)
+    memory = config.chunk_size * (config.note_size + 1) + (config.pool_size + 1) * (config.note_size + 3)
     mixer = config.intermediate_size * (config.state_size + config.conv_kernel)
     assert reading.state_bytes == 4 * config.num_hidden_layers * (mixer + memory)
     assert calls[-1] == (ids.shape[1],) * 2

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import MambaForCausalLM
 
 import remamba_hf
 
@@ -51,3 +53,21 @@ def test_the_training_example_makes_a_checkpoint(tmp_path, family):
     assert json.loads((model / "config.json").read_text())["use_cache"] is True
     assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 2
     assert not (tmp_path / "run" / "model.partial").exists()
+
+
+def test_the_training_example_makes_a_plain_checkpoint_of_transformers(tmp_path):
+    books = tmp_path / "books"
+    books.mkdir()
+    (books / "one.txt").write_text(BOOK.read_text())
+    arguments = ["--smoke", "--max-steps", "2", "--workers", "0", "--exclude", "no such words", "--family", "memmamba"]
+    run("train_recall_tiny.py", "--books", str(books), "--output", str(tmp_path / "run"), *arguments, "--plain")
+    exact = {"dtype": torch.float32}
+    model, loading = MambaForCausalLM.from_pretrained(tmp_path / "run" / "model", output_loading_info=True, **exact)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    ours = remamba_hf.ReMambaForCausalLM.from_pretrained(tmp_path / "run" / "model", **exact)
+    ids = torch.randint(2, 1024, (1, 40))
+    with torch.no_grad():
+        theirs = model(ids).logits
+        torch.testing.assert_close(ours(ids, compress_prompt=False).logits, theirs, atol=1e-4, rtol=1e-3)
+    assert theirs.std() > 0.1

@@ -36,6 +36,7 @@ _MEMORY_SETTINGS = {
     "read_threshold": "tau2: tokens whose read gate is at most this read nothing",
     "write_period": "of the periodic rule: tokens of a period",
     "write_span": "of the periodic rule: tokens at its beginning that leave notes",
+    "write_cost": "weight of the cost of writing in the loss of a training step",
     "fusion": "how what is read joins a token: gated, residual, weighted, elementwise or conv1d",
     "fusion_position": "pre or post: before or behind the mixer",
     "pooling": "what a note stands for: none (its token), max or mean of the last tokens",

@@ -331,6 +331,10 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
         loss = None
         if labels is not None:  # of all columns, whatever is returned of them
             loss = self.language_modeling_loss(logits, labels, **kwargs)
+            if (other := self.other_loss(output)) is not None:
+                items = kwargs.get("num_items_in_batch")
+                # Of a batch in pieces each gives its part of a sum over all items: so must what does not depend on items.
+                loss = loss + (other if items is None else other * (labels[:, 1:] != -100).sum() / items)
             if isinstance(logits_to_keep, torch.Tensor):
                 logits = logits[:, logits_to_keep]
             elif logits_to_keep:
@@ -338,6 +342,10 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
         others = {name: value for name, value in output.items() if name != "last_hidden_state"}
         result = self.output_class(loss=loss, logits=logits, **others)
         return result if _wants_dict(self.config, return_dict) else result.to_tuple()
+
+    def other_loss(self, output: Any) -> torch.Tensor | None:
+        """What the loss has besides that of the labels, of an `output` of the backbone."""
+        return None
 
 
 def _wants_dict(config: Any, return_dict: bool | None) -> bool:

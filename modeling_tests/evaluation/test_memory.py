@@ -147,7 +147,7 @@ def test_state_is_all_that_a_layer_holds_and_does_not_grow(prepared):
     model = tiny_memmamba(torch.float32, vocab_size=300)
     config = model.config
     mixer = config.intermediate_size * (config.conv_kernel + config.state_size)
-    notes = config.chunk_size * (config.note_size + 1) + (config.pool_size + 1) * (config.note_size + 2)
+    notes = config.chunk_size * (config.note_size + 1) + (config.pool_size + 1) * (config.note_size + 3)
     wanted = 4 * config.num_hidden_layers * (mixer + notes)
     costs = [memory_tasks.decoding_cost(model, tokens, length, 50, steps=2, repeats=3) for length in (7, 130)]
     assert [cost["state_bytes"] for cost in costs] == [wanted, wanted]
@@ -294,20 +294,22 @@ def test_texts_of_one_key_are_the_prompts_of_the_recall_evaluation(prepared, mon
 def test_models_of_different_vocabularies_are_refused(memmamba_folder, tmp_path):
     tiny_memmamba(torch.float32, vocab_size=299).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="one tokenizer"):
-        memory.load_models(str(memmamba_folder), str(tmp_path), "cpu")
+        memory.load_models({"model": str(memmamba_folder), "plain": str(tmp_path)}, "cpu")
 
 
 def test_model_that_compresses_is_read_plainly(tmp_path):
     tiny_model(torch.float32, vocab_size=300).save_pretrained(tmp_path)
     model = ReMambaForCausalLM.from_pretrained(tmp_path)
     assert plain_reading(model) == {"compress_prompt": False}
-    assert memory.describe_model(str(tmp_path), model)["label"] == "ReMamba, compression off"
+    assert memory.describe_model("model", str(tmp_path), model)["label"] == "ReMamba, compression off"
+    assert memory.describe_model("model_2", str(tmp_path), model)["label"] == "ReMamba, compression off 2"
+    assert memory.names_of(["a", "b"], "c") == {"model": "a", "model_2": "b", "plain": "c"}
     with torch.no_grad():
-        before = memory.describe_model(str(tmp_path), model)["weights"]
+        before = memory.describe_model("model", str(tmp_path), model)["weights"]
         model.backbone.compressor.query[0].weight += 1
-        assert memory.describe_model(str(tmp_path), model)["weights"] == before
+        assert memory.describe_model("model", str(tmp_path), model)["weights"] == before
         model.backbone.embeddings.weight += 1
-        assert memory.describe_model(str(tmp_path), model)["weights"] != before
+        assert memory.describe_model("model", str(tmp_path), model)["weights"] != before
 
 
 def test_plain_checkpoint_is_read_as_by_transformers(plain_folder):

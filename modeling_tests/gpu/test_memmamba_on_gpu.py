@@ -62,8 +62,8 @@ def states(cache: Any) -> Iterable[tuple[str, torch.Tensor]]:
     that were generated twice, either may have been kept."""
     for number, layer in enumerate(cache.layers):
         pool = layer.recurrent_states[1].clone()
-        pool[:, :-1][pool[:, :-1, -2] == 0] = 0
-        pool[:, :-1, -1] = 0
+        pool[:, :-1][pool[:, :-1, -3] == 0] = 0
+        pool[:, :-1, -2:] = 0
         yield f"convolution inputs of layer {number}", layer.conv_states[0]
         yield f"recurrent state of layer {number}", layer.recurrent_states[0]
         yield f"open chunk of layer {number}", layer.conv_states[1]

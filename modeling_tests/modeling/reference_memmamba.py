@@ -46,7 +46,7 @@ def rank(config, note):
     if note.score.item() <= 0:
         return None
     if config.write_rule == "priority":
-        return math.log(note.score.item()) + config.recency_weight * note.position
+        return note.score.log().float().item() + config.recency_weight * note.position
     if config.write_rule == "periodic" and note.position % config.write_period >= config.write_span:
         return None
     return note.position
@@ -164,15 +164,16 @@ def read(weights, config, ids, memories=None):
 
 def packed(config, memory):
     """A layer's states as the cache holds them: the mixer's (conv, ssm), the open chunk [F + 1, C], and the pool
-    [K + 1, F + 2], whose last row is the tokens read. Zeros where there is nothing."""
+    [K + 1, F + 3] of notes, scores and positions, whose last row is the tokens read; counts are two numbers, of which the
+    first stands for 2^20. Zeros where there is nothing."""
     conv, ssm = memory.mixer
     opened = conv.new_zeros(config.note_size + 1, config.chunk_size)
     for column, note in enumerate(memory.opened):
         opened[:, column] = torch.cat([note.raw, note.score[None]])
-    pool = conv.new_zeros(config.pool_size + 1, config.note_size + 2)
+    pool = conv.new_zeros(config.pool_size + 1, config.note_size + 3)
     for slot, note in enumerate(memory.pool):
-        pool[slot] = torch.cat([note.written, note.score[None], conv.new_tensor([note.position])])
-    pool[-1] = memory.read
+        pool[slot] = torch.cat([note.written, note.score[None], conv.new_tensor(divmod(note.position, 2**20))])
+    pool[-1, -2:] = conv.new_tensor(divmod(memory.read, 2**20))
     return conv, ssm, opened, pool
 
 

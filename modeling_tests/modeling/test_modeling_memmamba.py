@@ -26,6 +26,7 @@ from modeling_tests.modeling.tiny_models import (
     tiny_memmamba,
 )
 from remamba_hf import MemMambaConfig, MemMambaForCausalLM, MemMambaModel, ReMambaForCausalLM
+from remamba_hf.modeling.note_memory import tokens_read
 
 FUSIONS = ("gated", "residual", "elementwise", "conv1d", "weighted")
 OPTIONS = [
@@ -427,11 +428,25 @@ def test_the_cache_is_of_constant_size():
         at_10 = size(cache)
         for piece in torch.stack(random_rows([990], seed=2)).split([900, *[1] * 90], dim=1):
             model(piece, cache_params=cache)
-    assert cache.layers[0].recurrent_states[1][0, -1, 0] == 1000
+    assert cache.layers[0].recurrent_states[1][0, -1, -1] == 1000
     assert size(cache) == at_10
-    memory = 3 * 8 * ((8 + 1) * 4 + (5 + 1) * (8 + 2))  # layers, bytes, open chunk, pool
+    memory = 3 * 8 * ((8 + 1) * 4 + (5 + 1) * (8 + 3))  # layers, bytes, open chunk, pool
     mixer = 3 * 8 * (32 * 4 + 32 * 4)  # convolution inputs, state
     assert at_10 == memory + mixer
+
+
+def test_counting_goes_on_where_float32_ends():
+    model = tiny_memmamba(torch.float32, write_rule="fifo")
+    text = torch.stack(random_rows([12]))
+    far = 2**25
+    with torch.no_grad():
+        cache = model(text[:, :4], use_cache=True).cache_params
+        for layer in cache.layers:
+            layer.recurrent_states[1][:, -1, -2] += far // 2**20
+        for token in text[:, 4:].split(1, dim=1):
+            output = model(token, cache_params=cache, output_notes=True)
+    assert tokens_read(cache) == [far + 12]
+    assert output.note_positions[0][0].tolist() == [far + 7, far + 6, far + 5, far + 4, 3]
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -953,6 +968,69 @@ def test_the_loss_is_cross_entropy():
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-10)
 
 
+@pytest.mark.parametrize("padding", [None, "left", "right", "both"])
+def test_what_writing_costs(padding):
+    """The mean of -log(1 - score) over a batch's own tokens and layers, by hand; part of the loss in training only."""
+    model = tiny_memmamba(write_cost=0.3).train()
+    rows = random_rows(LENGTHS if padding else (20, 20))
+    batch = labelled(rows, padding) if padding else {"input_ids": torch.stack(rows), "labels": torch.stack(rows)}
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    logits = []
+    hooks = [
+        block.memory.write_score.register_forward_hook(lambda _, inputs, output: logits.append(output.squeeze(-1)))
+        for block in model.backbone.layers
+    ]
+    output = model(**batch)
+    for hook in hooks:
+        hook.remove()
+    packed = torch.arange(real.shape[1]) < real.sum(1, keepdim=True)
+    expected = torch.stack(
+        [-torch.log(1 - torch.sigmoid(x[:, : real.sum(1).max()][packed[:, : x.shape[1]]])) for x in logits]
+    )
+    assert output.write_loss.item() == pytest.approx(expected.mean().item(), rel=1e-10)
+    free = model.eval()(**batch)
+    assert free.write_loss is None
+    assert output.loss.item() == pytest.approx(free.loss.item() + 0.3 * expected.mean().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_what_writing_costs_is_learned_from_under_checkpointing_and_accumulation(use_reentrant):
+    model = tiny_memmamba(write_cost=0.5).train()
+    batch = {"input_ids": torch.stack(random_rows((20, 20))), "labels": torch.stack(random_rows((20, 20)))}
+
+    def gradients(*pieces, items=None):
+        model.zero_grad()
+        for piece in pieces:
+            model(**{name: value[piece] for name, value in batch.items()}, num_items_in_batch=items).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    whole = gradients(slice(0, 2))
+    model.config.write_cost = 0.0
+    free = gradients(slice(0, 2))
+    model.config.write_cost = 0.5
+    name = "backbone.layers.1.memory.write_score.bias"
+    assert (whole[name] - free[name]).item() > 1e-3, "the cost draws scores down"
+    in_pieces = gradients(slice(0, 1), slice(1, 2), items=38)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    checkpointed = gradients(slice(0, 2))
+    for name, gradient in whole.items():
+        assert_close(in_pieces[name], gradient, 1e-10, f"in pieces, {name}")
+        assert_close(checkpointed[name], gradient, 1e-10, f"checkpointed, {name}")
+
+
+def test_equal_tokens_rank_by_position_however_a_text_is_cut():
+    """In layer 0 scores depend on tokens alone, so that most of this text's are equal but for rounding."""
+    model = tiny_memmamba(pool_size=12)
+    text = torch.randint(0, 4, (1, 200), generator=torch.Generator().manual_seed(3))
+    whole = read_with_notes(model, text, use_cache=True)
+    for length in (1, 7, 50):
+        cache = None
+        for piece in text.split(length, dim=1):
+            output = read_with_notes(model, piece, use_cache=True, cache_params=cache)
+            cache = output.cache_params
+        assert torch.equal(output.note_positions[0], whole.note_positions[0])
+
+
 def test_save_load_copy_and_pickle(tmp_path):
     model = tiny_memmamba(torch.float32)
     model.save_pretrained(tmp_path)
@@ -1038,6 +1116,7 @@ def test_determinism():
         (dict(read_threshold=float("nan")), r"read_threshold must be a number in \[0, 1\)"),
         (dict(recency_weight=-1.0), "recency_weight must be a finite number of at least 0"),
         (dict(recency_weight=float("inf")), "recency_weight must be a finite number of at least 0"),
+        (dict(write_cost=-0.1), "write_cost must be a finite number of at least 0"),
         (dict(write_period=10, write_span=11), "write_period must be an integer of at least 11"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
     ],

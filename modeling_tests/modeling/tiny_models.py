@@ -158,7 +158,7 @@ def memory_states(cache: Any, row: int | None = None) -> list[tuple[torch.Tensor
     states = []
     for layer in cache.layers:
         pool = layer.recurrent_states[1][rows].clone()
-        pool[..., :-1, :][pool[..., :-1, -2] == 0] = 0
+        pool[..., :-1, :][pool[..., :-1, -3] == 0] = 0
         states.append((layer.conv_states[0][rows], layer.recurrent_states[0][rows], layer.conv_states[1][rows], pool))
     return states
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from remamba_hf.training.book_tokens import encode_text, list_books, prepare_books, train_book_tokenizer
+from remamba_hf.training.book_tokens import encode_text, list_books, prepare_books, read_book, train_book_tokenizer
 from remamba_hf.training.recall_data import RecallDataset, RecallLevel, RecallSampler
 
 WORDS = "the river and a house of old stone where she had walked for years with him in the rain".split()
@@ -284,3 +284,59 @@ def test_batches_are_reproducible_and_aligned(sampler):
         assert window % 8 == 0
         assert kept % 8 == 0
         assert 24 <= kept <= window < length
+
+
+def test_noise_replaces_a_share_of_the_book_and_nothing_else(prepared):
+    tokenizer, tokens = prepared
+    clean, noisy = (RecallSampler(tokens, tokenizer, seed=3, noise=noise) for noise in (0.0, 0.1))
+    everything = np.concatenate([tokens, *(part for fact in clean.facts for part in fact), *clean.first_names])
+    everything = np.concatenate([everything, *clean.last_names, clean.digit_ids])
+    seen, replaced, total = set(), 0, 0
+    for index in range(20):
+        text, other = clean.text(index, 600, 2, 1), noisy.text(index, 600, 2, 1)
+        assert np.isin(text.text_ids, everything).all()
+        for fact in other.asked:
+            assert tokenizer.decode(other.text_ids[slice(*fact.digits)]) == fact.number
+        body = other.text_ids
+        differs = ~np.isin(body, everything)
+        seen |= set(body[differs].tolist())
+        replaced += int(differs.sum())
+        total += len(body)
+    assert 0.02 < replaced / total < 0.1, "most of the tokens drawn are none of the book's"
+    assert len(seen) > 50
+    assert not seen & set(tokenizer.all_special_ids)
+
+
+def test_typography_becomes_plain(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_bytes("“It’s”—he said…\r\n\u00a0‘No’ – 1".encode())
+    assert read_book(path) == "\"It's\"--he said...\n 'No' - 1"
+
+
+def test_several_questions_in_a_row(sampler, prepared):
+    """Every row: its text, then question and answer of each person in turn; only answers are labelled."""
+    level = RecallLevel((400, 512), questions=3, distractors=2)
+    dataset = RecallDataset(sampler, [level], tokens_per_batch=1024, batches=10)
+    orders = set()
+    for index in range(4):
+        batch = dataset[index]
+        assert batch["questions"] == 3
+        assert batch["input_ids"].shape[0] == 1024 // batch["prompt_length"]
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            answered = ids[labels != -100].tolist()
+            assert torch.equal(ids[labels != -100], labels[labels != -100])
+            assert len(answered) == 3 * 7
+            said = prepared[0].decode(ids[ids != sampler.padding])
+            document, *dialogue = said.split("\nQuestion:")
+            people = []
+            for part in dialogue:
+                question, answer = part.split("Answer: ")
+                name = question.strip().rstrip("?.").split("number of ")[1]
+                number = answer.split("<|endoftext|>")[0]
+                people.append(name)
+                assert f"{name} is {number}" in document or f"{name} was {number}" in document
+            assert len(set(people)) == 3
+            orders.add(tuple(sorted(people, key=document.index).index(name) for name in people))
+    assert len(orders) > 1, "questions do not follow the order of the text"
+    with pytest.raises(ValueError, match="several questions has no one prompt to compress"):
+        RecallDataset(sampler, [RecallLevel((200,), questions=2, two_stage=0.5)], 1024, 1)

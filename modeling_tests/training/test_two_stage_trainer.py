@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from remamba_hf.families import ALL_FAMILIES, FAMILIES
@@ -14,6 +15,7 @@ from remamba_hf.training.two_stage_trainer import (
     PromptResponseCollator,
     TwoStageTrainer,
     answer_matches,
+    each_answer_matches,
     parameter_groups,
 )
 
@@ -50,6 +52,7 @@ class MarkedTokens:
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             "prompt_length": self.length,
+            "questions": 1,
             "evidence": span,
             "digits": span + torch.tensor([1, 0]),
             "compression_span": 0.7,
@@ -219,6 +222,20 @@ def test_trainer_with_collated_pairs_logs_matches_and_lowers_the_loss(family, tm
     history = [entry for entry in trainer.state.log_history if "answer_match" in entry]
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert history[-1]["answer_match"] > history[0]["answer_match"]
+
+
+def test_each_answer_of_a_row_is_judged_by_itself():
+    """Answers at labels 1-2, 4 and 6; wrong are the second row's second answer and one token of the third's first."""
+    labels = torch.full((3, 8), -100)
+    labels[:, [1, 2, 4, 6]] = torch.tensor([3, 4, 5, 6])
+    said = labels.clone()
+    said[1, 4], said[2, 2] = 0, 0
+    logits = F.one_hot(said[:, 1:].clamp(min=0), 8).float()
+    logits = F.pad(logits, (0, 0, 0, 1))
+    right = each_answer_matches(logits, labels, 3)
+    assert right.tolist() == [[True, True, True], [True, False, True], [False, True, True]]
+    assert each_answer_matches(logits, labels, 4)[0].tolist() == [True] * 4, "a missing answer is not wrong"
+    assert torch.equal(right.all(1), answer_matches(logits, labels))
 
 
 def test_answer_matches_counts_labelled_tokens_only():

@@ -3,9 +3,9 @@
 
     python -m remamba_hf.evaluation.memory --model MODEL --plain-model PLAIN --books BOOKS --output memory.json --plots DIR
 
-MODEL is a MemMamba; any other checkpoint of this package, or a plain Mamba, can stand in either place, and one that
-compresses prompts is read without compression. BOOKS should not be books that the models were trained on. After arXiv
-2510.03279, section 4, there are four parts:
+MODEL is a MemMamba, or several, such as one of every seed; any other checkpoint of this package, or a plain Mamba, can stand
+in either place, and one that compresses prompts is read without compression. BOOKS should not be books that the models were
+trained on. After arXiv 2510.03279, section 4, there are four parts:
 
     passkey     a sentence in a book gives a person a number, which is asked for behind 1k to 400k tokens. With `--keys M`, M
                 people have numbers in one text, and each is asked for in a question of its own, put to a copy of the state
@@ -231,7 +231,7 @@ def evaluate(
     return results
 
 
-def describe_model(checkpoint: str, model: PreTrainedModel) -> dict[str, Any]:
+def describe_model(name: str, checkpoint: str, model: PreTrainedModel) -> dict[str, Any]:
     """What names a model in the results, and lets a run know it again."""
     kind = AutoConfig.from_pretrained(checkpoint).model_type
     family = family_of(checkpoint)
@@ -241,7 +241,7 @@ def describe_model(checkpoint: str, model: PreTrainedModel) -> dict[str, Any]:
         label = f"{family.name}, compression off" if family.compresses else family.name
     weights = weights_read(model)
     return {
-        "label": label,
+        "label": label + name.removeprefix("model").removeprefix("plain").replace("_", " "),
         "model_type": kind,
         "parameters": sum({tensor.data_ptr(): tensor.numel() for tensor in weights.values()}.values()),  # tied ones once
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -249,18 +249,22 @@ def describe_model(checkpoint: str, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def load_models(model: str, plain_model: str | None, device: str) -> dict[str, PreTrainedModel]:
+def names_of(models: Sequence[str], plain_model: str | None) -> dict[str, str]:
+    """The checkpoints to compare by the names they go under: `model`, `model_2` and so on, and `plain`."""
+    names = {f"model_{number}" if number > 1 else "model": model for number, model in enumerate(models, start=1)}
+    return {**names, "plain": plain_model} if plain_model else names
+
+
+def load_models(checkpoints: dict[str, str], device: str) -> dict[str, PreTrainedModel]:
     """The models to compare, by name.
 
     Raises:
         ValueError: their vocabularies differ.
     """
-    models = {"model": load_model(model, device)}
-    if plain_model:
-        models["plain"] = load_model(plain_model, device)
+    models = {name: load_model(checkpoint, device) for name, checkpoint in checkpoints.items()}
     sizes = {name: loaded.config.vocab_size for name, loaded in models.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"the models have different vocabularies ({sizes}): both must be of one tokenizer")
+        raise ValueError(f"the models have different vocabularies ({sizes}): all must be of one tokenizer")
     return models
 
 
@@ -272,7 +276,7 @@ def encode_each_book(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     default = MemorySettings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--model", nargs="+", required=True, help="folders or Hub ids")
     parser.add_argument("--plain-model", help="folder or Hub id of a plain model of the same tokenizer, to compare with")
     parser.add_argument("--books", required=True, help="folder of .txt books that the models were not trained on")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
@@ -316,14 +320,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = MemorySettings(**values)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     paths = list_books(options.books)
-    models = load_models(options.model, options.plain_model, options.device)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    checkpoints = names_of(options.model, options.plain_model)
+    models = load_models(checkpoints, options.device)
+    tokenizer = AutoTokenizer.from_pretrained(options.model[0])
     chunk_length = options.chunk_length or (CPU_CHUNK_LENGTH if options.device == "cpu" else GPU_CHUNK_LENGTH)
     books = encode_each_book(paths, tokenizer)
     evaluation = MemoryEvaluation(tokenizer, books, settings, options.batch_tokens, chunk_length)
-    checkpoints = {"model": options.model, "plain": options.plain_model}
     description = {
-        "models": {name: describe_model(checkpoints[name], model) for name, model in models.items()},
+        "models": {name: describe_model(name, checkpoints[name], model) for name, model in models.items()},
         "books": [path.name for path in paths],
         "tokens": len(evaluation.tokens),
         "perplexity_books": [paths[number].name for number in evaluation.long_enough],

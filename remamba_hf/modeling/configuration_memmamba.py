@@ -41,6 +41,10 @@ class MemMambaConfig(RecurrentSettings, MambaConfig):
             tau2: tokens whose read gate is at most this read nothing. In [0, 1).
         write_period, write_span (`int`, *optional*, default to 200 and 50):
             Of the periodic rule.
+        write_cost (`float`, *optional*, defaults to 0.0):
+            Weight of what writing costs in the loss of a training step: the mean of -log(1 - score) over tokens and layers.
+            Only notes that are read learn from what they are good for; this teaches all others not to be written, so that in
+            texts longer than those of the training fewer of them come before the good ones. .05 is a start.
         fusion (`str`, *optional*, defaults to `"gated"`):
             How what was read joins a token (the paper's Table 4): `"gated"` added under a gate of the token's, `"residual"`
             added, `"weighted"` added with a learned weight, `"elementwise"` added times the token, `"conv1d"` added after a
@@ -78,6 +82,7 @@ class MemMambaConfig(RecurrentSettings, MambaConfig):
     read_threshold: float = 0.0
     write_period: int = 200
     write_span: int = 50
+    write_cost: float = 0.0
     fusion: str = "gated"
     fusion_position: str = "pre"
     pooling: str = "none"
@@ -113,8 +118,9 @@ class MemMambaConfig(RecurrentSettings, MambaConfig):
         for name in ("write_threshold", "read_threshold"):
             if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a number in [0, 1), got {getattr(self, name)!r}.")
-        if not _is_number(self.recency_weight) or not 0 <= self.recency_weight < math.inf:
-            raise ValueError(f"recency_weight must be a finite number of at least 0, got {self.recency_weight!r}.")
+        for name in ("recency_weight", "write_cost"):
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)!r}.")
 
     def _check_count(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -42,6 +42,7 @@ class MemMambaModelOutput(ModelOutput):
         among the row's own tokens, the best first; -1 where there is none.
     note_scores: likewise, the write scores; 0 where there is none.
     note_reads: likewise, how much of its attention each note got (a mean over heads); the rest went to the sink.
+    write_loss: in training, what writing cost: the mean of -log(1 - score) over tokens and layers, a scalar.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -50,6 +51,7 @@ class MemMambaModelOutput(ModelOutput):
     note_positions: tuple[torch.Tensor, ...] | None = None
     note_scores: tuple[torch.Tensor, ...] | None = None
     note_reads: tuple[torch.Tensor, ...] | None = None
+    write_loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -67,6 +69,7 @@ class MemMambaCausalLMOutput(ModelOutput):
     note_positions: tuple[torch.Tensor, ...] | None = None
     note_scores: tuple[torch.Tensor, ...] | None = None
     note_reads: tuple[torch.Tensor, ...] | None = None
+    write_loss: torch.Tensor | None = None
 
 
 class MemMambaBlock(GradientCheckpointingLayer):
@@ -92,8 +95,10 @@ class MemMambaBlock(GradientCheckpointingLayer):
         lengths: torch.Tensor | None = None,
         cache_params: Cache | None = None,
         wants_reading: bool = False,
+        wants_cost: bool = False,
     ) -> tuple[torch.Tensor, ...]:
-        """The block's output [B, T, H], the parts of the pools it read, and if asked those of what its last tokens read.
+        """The block's output [B, T, H], the parts of the pools it read, and if asked what its notes cost, and the parts of
+        what its last tokens read.
 
         Args:
             below: the parts of the pools of the layers below, one after the other: a checkpointed block passes gradients
@@ -101,14 +106,26 @@ class MemMambaBlock(GradientCheckpointingLayer):
             clock, lengths: where the rows are, and how many of their T positions are tokens.
         """
         pools = [Pool(*below[start : start + 3]) for start in range(0, len(below), 3)]
-        added, pool, reading = self.memory(hidden_states, clock, pools, cache_params, wants_reading)
+        added, pool, cost, reading = self.memory(hidden_states, clock, pools, cache_params, wants_reading, wants_cost)
         if self.memory_first:
             hidden_states = hidden_states + added
         mixed = self.mixer(self.norm(hidden_states), None, lengths, cache_params)
         hidden_states = (at_least_float32(hidden_states) if self.residual_in_fp32 else hidden_states) + mixed
         if not self.memory_first:
             hidden_states = hidden_states + added
-        return hidden_states, *pool, *(() if reading is None else reading)
+        return hidden_states, *pool, *(() if cost is None else (cost,)), *(() if reading is None else reading)
+
+
+@dataclass
+class NotesOfPass:
+    """What a pass tells of its notes besides the states.
+
+    readings: every layer's `Reading` of the last tokens so far; None if nobody wants them.
+    costs: what each layer's notes cost; empty out of training.
+    """
+
+    readings: list[Reading] | None
+    costs: list[torch.Tensor]
 
 
 class MemMambaPreTrainedModel(RecurrentPreTrainedModel):
@@ -135,9 +152,9 @@ class MemMambaModel(RecurrentModel, MemMambaPreTrainedModel):
         cache_params: Cache | None,
         block_states: list[torch.Tensor] | None,
     ) -> torch.Tensor:
-        """All blocks and the final norm over [B, T, H]; see `RecurrentBackbone`. `adaptation` is a list that receives every
-        layer's `Reading`, or None."""
+        """All blocks and the final norm over [B, T, H]; see `RecurrentBackbone`. `adaptation` is a `NotesOfPass` to fill."""
         clock = self._clock(hidden_states, lengths, cache_params)
+        wants_reading, wants_cost = adaptation.readings is not None, self.training and torch.is_grad_enabled()
         readings: list[Reading] = []
         below: list[Pool] = []
         for layer_idx, block in enumerate(self.layers):
@@ -148,15 +165,19 @@ class MemMambaModel(RecurrentModel, MemMambaPreTrainedModel):
                 clock=clock,
                 lengths=lengths,
                 cache_params=cache_params,
-                wants_reading=adaptation is not None,
+                wants_reading=wants_reading,
+                wants_cost=wants_cost,
             )
             below = [Pool(*results[:3]), *below][: self.config.cross_layer_group]
-            if adaptation is not None:
-                readings.append(Reading(*results[3:]))
+            if wants_cost:
+                adaptation.costs.append(results[3])
+            if wants_reading:
+                readings.append(Reading(*results[-3:]))
             if block_states is not None:
                 block_states.append(hidden_states)
-        if adaptation is not None:
-            adaptation[:] = readings if not adaptation else _latest(adaptation, readings, clock.lengths)
+        if wants_reading:
+            earlier = adaptation.readings
+            adaptation.readings = readings if not earlier else _latest(earlier, readings, clock.lengths)
         hidden_states = self.norm_f(hidden_states)
         if block_states is not None:
             block_states.append(hidden_states)
@@ -204,7 +225,7 @@ class MemMambaModel(RecurrentModel, MemMambaPreTrainedModel):
         kept = None
         if columns_to_keep is not None and columns_to_keep < rows.columns:
             kept = rows.tokens_of_last(columns_to_keep)
-        readings: list[Reading] | None = [] if output_notes else None
+        notes = NotesOfPass([] if output_notes else None, [])
         wants_blocks = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         reader = self.read_plain(
             rows,
@@ -213,7 +234,7 @@ class MemMambaModel(RecurrentModel, MemMambaPreTrainedModel):
             chunk_length_for(max(rows.lengths), prefill_chunk_length),
             wants_blocks,
             prefill_progress,
-            readings,
+            notes,
         )
         blocks = reader.block_states
         output = MemMambaModelOutput(
@@ -221,8 +242,10 @@ class MemMambaModel(RecurrentModel, MemMambaPreTrainedModel):
             cache_params=cache_params,
             hidden_states=blocks if blocks is None else tuple(rows.unpack(block) for block in blocks),
         )
-        if readings is not None:
-            output.note_positions, output.note_scores, output.note_reads = map(tuple, zip(*readings, strict=True))
+        if notes.readings is not None:
+            output.note_positions, output.note_scores, output.note_reads = map(tuple, zip(*notes.readings, strict=True))
+        if notes.costs:
+            output.write_loss = torch.stack([cost.to(rows.device) for cost in notes.costs]).mean()
         return self.finished(output, use_cache, return_dict)
 
 
@@ -253,7 +276,8 @@ class MemMambaForCausalLM(RecurrentForCausalLM, MemMambaPreTrainedModel, Generat
         """Next-token logits aligned with the input, and the loss of the labels.
 
         Args:
-            labels: [B, L] long, shifted inside; -100 does not count.
+            labels: [B, L] long, shifted inside; -100 does not count. In training the loss includes what writing costs,
+                `write_cost` times `write_loss`.
             prompt_copies: rows come in groups of this many equal ones, of which one is read (set by `generate`).
             logits_to_keep: logits of that many last columns, or of the columns in a tensor; 0: of all.
             Everything else as for `MemMambaModel.forward`.
@@ -273,6 +297,9 @@ class MemMambaForCausalLM(RecurrentForCausalLM, MemMambaPreTrainedModel, Generat
             "output_hidden_states": output_hidden_states,
         }
         return self.run(inputs, labels, logits_to_keep, prompt_copies, return_dict, kwargs)
+
+    def other_loss(self, output: MemMambaModelOutput) -> torch.Tensor | None:
+        return None if output.write_loss is None else self.config.write_cost * output.write_loss
 
 
 def _latest(earlier: list[Reading], later: list[Reading], lengths: list[int]) -> list[Reading]:

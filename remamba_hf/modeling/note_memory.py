@@ -30,6 +30,7 @@ from .precision import at_least_float32, state_dtype, without_autocast
 from .recurrent_model import OwnStart, RMSNorm
 
 _SLOT = 1  # of the cache's states of a layer; the mixer's are in slot 0
+_COUNTED = 1 << 20  # counts of tokens are kept as two floats, since one stalls at 2^24
 
 
 class Reading(NamedTuple):
@@ -37,7 +38,8 @@ class Reading(NamedTuple):
 
     positions: [B, K] long, -1 where the slot is empty.
     scores: [B, K].
-    weights: [B, K], its attention, a mean over heads; what is missing to 1 went to the sink.
+    weights: [B, K], its attention, a mean over heads; what is missing to 1 went to the sink. All 0 in a row that the pass
+        has no token of.
     """
 
     positions: torch.Tensor
@@ -171,8 +173,10 @@ class NoteMemory(nn.Module):
         below: Sequence[Pool],
         cache_params: Cache | None,
         wants_reading: bool = False,
-    ) -> tuple[torch.Tensor, Pool, Reading | None]:
-        """What is added to the tokens of a pass [B, T, H], the pools they read from [B, n, K, ...], and what the last read.
+        wants_cost: bool = False,
+    ) -> tuple[torch.Tensor, Pool, torch.Tensor | None, Reading | None]:
+        """What is added to the tokens of a pass [B, T, H], the pools they read from [B, n, K, ...], and if asked what their
+        notes cost (the mean of -log(1 - score), a scalar) and what the last of them read.
 
         Args:
             clock: where the rows are, and how long their parts of the pass.
@@ -180,7 +184,9 @@ class NoteMemory(nn.Module):
             cache_params: the memory's state to continue and to update.
         """
         tokens = self.norm(hidden_states)
-        scores = torch.sigmoid(at_least_float32(self.write_score(tokens).squeeze(-1)))
+        logits = at_least_float32(self.write_score(tokens).squeeze(-1))
+        cost = self._cost(logits, clock) if wants_cost else None
+        scores = torch.sigmoid(logits)
         scores = scores.masked_fill(scores <= self.config.write_threshold, 0.0)
         notes = self.note(tokens)
         pool, opened = self._state(cache_params, len(tokens), notes, scores)
@@ -205,12 +211,20 @@ class NoteMemory(nn.Module):
             read, _ = self.layer_reader(grid, below)
             added = added + self.layer_fusion(tokens, self._tokens(read, clock, tokens))
         self._update(cache_params, pool, opened, clock)
-        return added, pools, self._last_reading(pools, weights, clock) if wants_reading else None
+        return added, pools, cost, self._last_reading(pools, weights, clock) if wants_reading else None
 
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the cached states without the batch: of the open chunk, and of the pool with the tokens read."""
         config = self.config
-        return (config.note_size + 1, config.chunk_size), (config.pool_size + 1, config.note_size + 2)
+        return (config.note_size + 1, config.chunk_size), (config.pool_size + 1, config.note_size + 3)
+
+    def _cost(self, logits: torch.Tensor, clock: Clock) -> torch.Tensor:
+        costs = nn.functional.softplus(logits)
+        if min(clock.lengths) == logits.shape[1]:
+            return costs.mean()
+        lengths = torch.tensor(clock.lengths, device=logits.device)[:, None]
+        pads = torch.arange(logits.shape[1], device=logits.device) >= lengths
+        return costs.masked_fill(pads, 0).sum() / max(sum(clock.lengths), 1)
 
     def _tokens(self, grid: torch.Tensor, clock: Clock, like: torch.Tensor) -> torch.Tensor:
         """[B, n, C, H] -> [B, T, H]; a decoding step's [B, 1, 1, H] has no empty places."""
@@ -272,7 +286,7 @@ class NoteMemory(nn.Module):
             packed, opened = layer.recurrent_states[_SLOT], layer.conv_states[_SLOT]
             packed, opened = packed[:, :-1].clone(), opened.clone()  # the cache's own tensors are overwritten
             size = config.note_size
-            pool = Pool(packed[..., :size], packed[..., size], packed[..., size + 1].long())
+            pool = Pool(packed[..., :size], packed[..., size], _count(packed[..., size + 1 :]))
             return pool, OpenChunk(opened[:, :size].transpose(1, 2), opened[:, size])
         size, chunk = (config.pool_size, config.note_size), config.chunk_size
         dtype = state_dtype(notes)
@@ -289,14 +303,14 @@ class NoteMemory(nn.Module):
         if cache_params is None:
             return
         dtype = state_dtype(pool.notes)
-        packed = [pool.notes.to(dtype), pool.scores.to(dtype).unsqueeze(-1), pool.positions.to(dtype).unsqueeze(-1)]
-        read = torch.tensor(clock.after, dtype=dtype, device=pool.scores.device)
-        last_row = read[:, None, None].expand(-1, 1, self.config.note_size + 2)
+        packed = torch.cat(
+            [pool.notes.to(dtype), pool.scores.to(dtype).unsqueeze(-1), _as_floats(pool.positions, dtype)], dim=-1
+        )
+        read = _as_floats(torch.tensor(clock.after, device=packed.device), dtype)
+        last_row = nn.functional.pad(read, (self.config.note_size + 1, 0)).unsqueeze(1)
         pending = torch.cat([opened.notes.to(dtype), opened.scores.to(dtype).unsqueeze(-1)], dim=-1).transpose(1, 2)
         cache_params.update_conv_state(pending, self.layer_idx, state_idx=_SLOT, conv_kernel_size=self.config.chunk_size)
-        cache_params.update_recurrent_state(
-            torch.cat([torch.cat(packed, dim=-1), last_row], dim=1), self.layer_idx, state_idx=_SLOT
-        )
+        cache_params.update_recurrent_state(torch.cat([packed, last_row], dim=1), self.layer_idx, state_idx=_SLOT)
 
     def _last_reading(self, pools: Pool, weights: torch.Tensor, clock: Clock) -> Reading:
         """Of the pools and weights [B, n, h, T, K] of a pass what each row's last token had."""
@@ -307,11 +321,23 @@ class NoteMemory(nn.Module):
         place = torch.tensor([min(at // chunk, pools.scores.shape[1] - 1) for at in last], device=weights.device)
         column = torch.tensor([min(at % chunk, weights.shape[3] - 1) for at in last], device=weights.device)
         scores = pools.scores[rows, place]
+        nothing_read = torch.tensor([length == 0 for length in clock.lengths], device=weights.device)[:, None]
         return Reading(
-            pools.positions[rows, place].masked_fill(scores <= 0, -1), scores, weights[rows, place, :, column].mean(1)
+            pools.positions[rows, place].masked_fill(scores <= 0, -1),
+            scores,
+            weights[rows, place, :, column].mean(1).masked_fill(nothing_read, 0),
         )
+
+
+def _as_floats(count: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """long [...] -> [..., 2], the inverse of `_count`; exact to 2^44."""
+    return torch.stack([count // _COUNTED, count % _COUNTED], dim=-1).to(dtype)
+
+
+def _count(floats: torch.Tensor) -> torch.Tensor:
+    return (floats * floats.new_tensor([_COUNTED, 1], dtype=torch.float64)).sum(-1).long()
 
 
 def tokens_read(cache_params: Cache) -> list[int]:
     """How many of its own tokens every row of a filled cache has read."""
-    return [int(count) for count in cache_params.layers[0].recurrent_states[_SLOT][:, -1, 0].tolist()]
+    return _count(cache_params.layers[0].recurrent_states[_SLOT][:, -1, -2:]).tolist()

@@ -68,10 +68,13 @@ def priorities(
         positions: [...] long.
         rule: `"priority"`: log score + recency_weight * position. `"fifo"`: the latest. `"periodic"`: the latest of those
             with position % period < span (the paper's Fig. 2, with period 200 and span 50).
+
+    A log score counts to float32's precision: in float64 equal tokens, whose scores differ by their rounding, then rank by
+    position, however a text is cut into passes.
     """
     scores = scores.detach().double()
     if rule == "priority":
-        ranks = scores.log() + recency_weight * positions
+        ranks = scores.log().float().double() + recency_weight * positions
     else:
         ranks = positions.double()
     written = scores > 0

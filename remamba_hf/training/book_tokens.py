@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
+# Books differ in their typography, and a tokenizer that was trained on none of it spells such a sign in bytes.
+PLAIN_TYPE = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "...", "\u00a0": " "})
 
 
 def list_books(folder: str | os.PathLike[str], exclude: str | None = None) -> list[Path]:
@@ -40,8 +42,9 @@ def list_books(folder: str | os.PathLike[str], exclude: str | None = None) -> li
 
 
 def read_book(path: Path) -> str:
-    """Returns the book's text with Unix line ends; bytes that are not UTF-8 become U+FFFD."""
-    return path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
+    """Returns the book's text with Unix line ends and a typewriter's quotes, dashes, dots and spaces; bytes that are not
+    UTF-8 become U+FFFD."""
+    return path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n").translate(PLAIN_TYPE)
 
 
 def train_book_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:

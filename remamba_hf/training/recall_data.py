@@ -134,6 +134,10 @@ class RecallText:
         """The text with the question for the fact of that number, `int64[T + Q]`."""
         return np.concatenate([self.text_ids, self.asked[fact].question_ids])
 
+    def dialogue(self) -> list[np.ndarray]:
+        """All questions, each followed by its answer."""
+        return [part for fact in self.asked for part in (fact.question_ids, fact.answer_ids)]
+
 
 @dataclass(frozen=True)
 class _Fact:
@@ -158,15 +162,25 @@ class RecallSampler:
         tokenizer: the tokenizer that made them; digits are single tokens and nothing is put before a text.
         seed: samples with the same seed and index are the same.
         digits: length of the numbers.
+        noise: share of the book tokens that are replaced by any other: books to come may have signs that these do not have,
+            and a token that was never seen in training can do anything.
 
     Raises:
         ValueError: the tokenizer joins digits or adds tokens of its own.
     """
 
-    def __init__(self, tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase, seed: int = 0, digits: int = 5) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int = 0,
+        digits: int = 5,
+        noise: float = 0.0,
+    ) -> None:
         self.tokens = tokens
         self.seed = seed
         self.digits = digits
+        self.noise = noise
 
         def encode(text: str) -> np.ndarray:
             return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
@@ -178,6 +192,7 @@ class RecallSampler:
         self.newline = int(encode("\n")[0])
         self.space = encode(" ")
         self.end_of_text = int(tokenizer.eos_token_id)
+        self.plain_ids = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids) if noise else None
         self.padding = int(tokenizer.pad_token_id)
         self.facts = [tuple(encode(part) for part in fact) for fact in FACTS]
         self.questions = [(encode("\n" + head), encode(tail)) for head, tail in QUESTIONS]
@@ -344,6 +359,9 @@ class RecallSampler:
             raise ValueError(f"the books have {len(self.tokens)} tokens, fewer than the {length} asked for")
         start = int(generator.integers(0, len(self.tokens) - length + 1))
         text = np.asarray(self.tokens[start : start + length], dtype=np.int64)
+        if self.plain_ids is not None:
+            replaced = generator.random(length) < self.noise
+            text[replaced] = generator.choice(self.plain_ids, size=int(replaced.sum()))
         text[-1] = self.newline
         return text
 
@@ -392,7 +410,9 @@ class RecallLevel:
     Attributes:
         prompt_lengths: prompt lengths a batch may have (one is drawn per batch), multiples of 8.
         distractors: largest number of distractors (0 to it are drawn per row).
-        depth: range that the asked fact's depth is drawn from.
+        questions: people who are asked for in every row, one after another behind its text: with several, the name decides
+            which number is right, and every row teaches that several times.
+        depth: range that the depths of the asked facts are drawn from.
         two_stage: share of the batches that go through the two-stage forward; the rest are plain.
         span: range of the compression span p.
         ratio: range of the compression ratio rho (drawn evenly in its logarithm).
@@ -401,6 +421,7 @@ class RecallLevel:
 
     prompt_lengths: tuple[int, ...]
     distractors: int = 0
+    questions: int = 1
     depth: tuple[float, float] = (0.0, 1.0)
     two_stage: float = 0.0
     span: tuple[float, float] = (0.3, 0.95)
@@ -419,6 +440,9 @@ class RecallDataset(Dataset):
         levels: the curriculum.
         tokens_per_batch: prompt tokens of a batch; a batch has `tokens_per_batch // P` rows, at least one.
         batches: length of the dataset.
+
+    Raises:
+        ValueError: a level has several questions and compresses prompts, of which a row has one.
     """
 
     def __init__(self, sampler: RecallSampler, levels: Sequence[RecallLevel], tokens_per_batch: int, batches: int) -> None:
@@ -426,12 +450,9 @@ class RecallDataset(Dataset):
         self.levels = list(levels)
         self.tokens_per_batch = tokens_per_batch
         self.batches = batches
+        if any(level.questions > 1 and level.two_stage > 0 for level in self.levels):
+            raise ValueError("a row with several questions has no one prompt to compress: set two_stage=0 or questions=1")
         self._level = torch.zeros(1, dtype=torch.int64).share_memory_()
-
-    @property
-    def answer_length(self) -> int:
-        """A space, the digits and the end-of-text token."""
-        return self.sampler.digits + 2
 
     @property
     def level(self) -> int:
@@ -446,9 +467,10 @@ class RecallDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, object]:
         """Returns one batch.
 
-        `input_ids` and `labels` `int64[B, L]` (labels are -100 but on the answer), `evidence` and `digits` `int64[B, 2]`
-        (first position and the one after the last), `prompt_length` (int, P of every row), `compression_span` and
-        `compression_ratio` (floats), `compress_prompt` (bool) and `level` (int).
+        `input_ids` and `labels` `int64[B, L]` (labels are -100 but on answers), `evidence` and `digits` `int64[B, 2]`
+        (first position and the one after the last, of the first question), `prompt_length` (int, P of every row; with
+        several questions that of the longest first one), `questions` (int), `compression_span` and `compression_ratio`
+        (floats), `compress_prompt` (bool) and `level` (int).
         """
         number = self.level
         level = self.levels[number]
@@ -456,24 +478,29 @@ class RecallDataset(Dataset):
         length = int(generator.choice(level.prompt_lengths))
         rows = max(self.tokens_per_batch // length, 1)
         distractors = generator.integers(0, level.distractors + 1, size=rows)
-        depths = generator.uniform(*level.depth, size=rows)
-        samples = [
-            self.sampler.sample((index, row), length, int(distractors[row]), float(depths[row])) for row in range(rows)
+        depths = generator.uniform(*level.depth, size=(rows, level.questions))
+        texts = [
+            self.sampler.text((index, row), length, level.questions, int(distractors[row]), depths[row].tolist())
+            for row in range(rows)
         ]
-        end = length + self.answer_length
-        ids = np.full((rows, -(-end // 8) * 8), self.sampler.padding, dtype=np.int64)
+        lengths = [len(text.text_ids) + sum(map(len, text.dialogue())) for text in texts]
+        ids = np.full((rows, -(-max(lengths) // 8) * 8), self.sampler.padding, dtype=np.int64)
         labels = np.full_like(ids, -100)
-        for row, sample in enumerate(samples):
-            ids[row, :length] = sample.prompt_ids
-            ids[row, length:end] = sample.answer_ids
-        labels[:, length:end] = ids[:, length:end]
+        for row, text in enumerate(texts):
+            ids[row, : lengths[row]] = np.concatenate([text.text_ids, *text.dialogue()])
+            end = len(text.text_ids)
+            for fact in text.asked:
+                begin = end + len(fact.question_ids)
+                end = begin + len(fact.answer_ids)
+                labels[row, begin:end] = fact.answer_ids
         span, ratio = draw_compression(generator, length, level)
         return {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             "prompt_length": length,
-            "evidence": torch.tensor([sample.evidence for sample in samples]),
-            "digits": torch.tensor([sample.digits for sample in samples]),
+            "questions": level.questions,
+            "evidence": torch.tensor([text.asked[0].evidence for text in texts]),
+            "digits": torch.tensor([text.asked[0].digits for text in texts]),
             "compression_span": span,
             "compression_ratio": ratio,
             "compress_prompt": bool(generator.random() < level.two_stage),

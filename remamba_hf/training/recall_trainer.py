@@ -17,7 +17,7 @@ from ..modeling.selective_compression import Setting, window_of
 from .book_tokens import write_json
 from .recall_data import RecallDataset
 from .recall_losses import LossWeights, evidence_loss, token_losses, value_loss
-from .two_stage_trainer import TwoStageTrainer, answer_matches
+from .two_stage_trainer import TwoStageTrainer, each_answer_matches
 
 
 def take_batch(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -179,6 +179,7 @@ class RecallTrainer(TwoStageTrainer):
         if two_stage and not self.can_compress:
             raise ValueError(f"{type(self.model).__name__} does not compress prompts: train it with two_stage=False.")
         self.two_stage = two_stage
+        self.write_cost: float = getattr(self.model.config, "write_cost", 0.0)
         self.compressor_from_level = compressor_from_level
         self.add_callback(curriculum)
         # The loss below is a mean that knows nothing of `num_items_in_batch`: Trainer has to average accumulated steps.
@@ -212,13 +213,20 @@ class RecallTrainer(TwoStageTrainer):
         outputs = model(input_ids=input_ids, output_hidden_states=self.two_stage, use_cache=False, **how)
         losses = token_losses(outputs.logits, input_ids)
         answered = inputs["labels"][:, 1:] != -100
-        terms = {"answer": (losses * answered).sum() / answered.sum(), "language": losses[:, : prompt - 1].mean()}
+        read = ~answered[:, : prompt - 1]  # of several questions the first may be short, and its answer stand in the prompt
+        terms = {
+            "answer": (losses * answered).sum() / answered.sum(),
+            "language": (losses[:, : prompt - 1] * read).sum() / read.sum(),
+        }
         if self.two_stage and inputs["level"] >= self.compressor_from_level:
             terms |= self._compressor_losses(model, inputs, outputs.hidden_states[-1][:, :prompt])
         for name, term in terms.items():
             self.record(f"{name}_loss", term)
         self._record_answers(inputs, outputs, compress)
         loss = sum(getattr(self.weights, name) * term for name, term in terms.items())
+        if (write_loss := getattr(outputs, "write_loss", None)) is not None:
+            self.record("write_loss", write_loss)
+            loss = loss + self.write_cost * write_loss
         return (loss, outputs) if return_outputs else loss
 
     def _compressor_losses(self, model: nn.Module, inputs: dict[str, Any], states: Tensor) -> dict[str, Tensor]:
@@ -233,14 +241,14 @@ class RecallTrainer(TwoStageTrainer):
 
     @torch.no_grad()
     def _record_answers(self, inputs: dict[str, Any], outputs: Any, compressed: bool) -> None:
-        right = answer_matches(outputs.logits, inputs["labels"])
+        right = each_answer_matches(outputs.logits, inputs["labels"], inputs["questions"])
         self.record("level", right.new_full((1,), inputs["level"], dtype=torch.float32))
         if inputs["level"] == self.curriculum.level:
             self.record("level_match", right)
         if not compressed:
             self.record("plain_match", right)
             return
-        digits = inputs["digits"]
+        right, digits = right[:, 0], inputs["digits"]
         inside = digits[:, 1] <= _window_end(inputs)
         self.record("in_window_match", right, inside)
         self.record("out_of_window_match", right, ~inside)

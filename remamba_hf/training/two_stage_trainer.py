@@ -84,6 +84,19 @@ def answer_matches(logits: Tensor, labels: Tensor) -> Tensor:
     return ((logits[:, :-1].argmax(-1) == targets) | (targets == -100)).all(-1)
 
 
+def each_answer_matches(logits: Tensor, labels: Tensor, answers: int) -> Tensor:
+    """`answer_matches` of rows with several answers, between which other tokens stand, by answer: `bool[B, answers]`.
+
+    An answer that a row does not have counts as right.
+    """
+    targets = labels[:, 1:]
+    counted = targets != -100
+    wrong = counted & (logits[:, :-1].argmax(-1) != targets)
+    number = (counted & ~nn.functional.pad(counted, (1, 0))[:, :-1]).cumsum(1) - 1
+    errors = wrong.new_zeros(len(labels), answers, dtype=torch.int64)
+    return errors.scatter_add(1, number.clamp(0, answers - 1), wrong.long()) == 0
+
+
 class TwoStageTrainer(Trainer):
     """`Trainer` with the right parameter groups and with means of what happened in the logs.
 
