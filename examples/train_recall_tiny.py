@@ -157,7 +157,7 @@ SMOKE = Recipe(
 FULL_NOTES = replace(
     FULL,
     families={"memmamba": dict(state_size=16, write_cost=0.05), "remamba": dict(state_size=16)},
-    noise=0.01,
+    noise=0.03,
     learning_rate=1e-3,
     weights=LossWeights(language=0.1),
     levels=(
@@ -176,7 +176,7 @@ SMOKE_NOTES = replace(
         "memmamba": dict(state_size=16, note_size=32, pool_size=16, chunk_size=16, cross_layer_period=0, write_cost=0.05),
         "remamba": dict(state_size=16),
     },
-    noise=0.01,
+    noise=0.03,
     levels=(RecallLevel((56,)), RecallLevel((64, 80)), RecallLevel((96, 128)), RecallLevel((192, 256))),
 )
 

@@ -302,7 +302,7 @@ def test_noise_replaces_a_share_of_the_book_and_nothing_else(prepared):
         seen |= set(body[differs].tolist())
         replaced += int(differs.sum())
         total += len(body)
-    assert 0.02 < replaced / total < 0.1, "most of the tokens drawn are none of the book's"
+    assert 0.01 < replaced / total < 0.1, "half of the runs are of digits, and some of the book's tokens"
     assert len(seen) > 50
     assert not seen & set(tokenizer.all_special_ids)
 

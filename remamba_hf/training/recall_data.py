@@ -162,8 +162,9 @@ class RecallSampler:
         tokenizer: the tokenizer that made them; digits are single tokens and nothing is put before a text.
         seed: samples with the same seed and index are the same.
         digits: length of the numbers.
-        noise: share of the book tokens that are replaced by any other: books to come may have signs that these do not have,
-            and a token that was never seen in training can do anything.
+        noise: about this share of the book tokens is replaced, in runs of 1 to 32 that repeat a few digits or a few tokens
+            of any kind: long books have tables, figures, foreign scripts and signs that short texts of a training hardly
+            show, and what a model never saw it can take for anything.
 
     Raises:
         ValueError: the tokenizer joins digits or adds tokens of its own.
@@ -360,8 +361,10 @@ class RecallSampler:
         start = int(generator.integers(0, len(self.tokens) - length + 1))
         text = np.asarray(self.tokens[start : start + length], dtype=np.int64)
         if self.plain_ids is not None:
-            replaced = generator.random(length) < self.noise
-            text[replaced] = generator.choice(self.plain_ids, size=int(replaced.sum()))
+            for begin in np.flatnonzero(generator.random(length) < self.noise / 16.5):  # the mean length of a run
+                run = text[begin : begin + generator.integers(1, 33)]
+                kinds = self.digit_ids if generator.random() < 0.5 else self.plain_ids
+                run[:] = generator.choice(generator.choice(kinds, size=generator.integers(1, 9)), size=len(run))
         text[-1] = self.newline
         return text
 
