@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of a decoding step, compiled, against their references in float64: odd shapes, the large models' shapes, and a
+captured graph of steps that start before the ones before them have ended."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from modeling_tests.gpu.measured_errors import note
+from modeling_tests.modeling.test_decode_kernels import (
+    LINEAR_CASES,
+    Numbers,
+    check_convolution,
+    check_dual_step,
+    check_model_step,
+    check_norm_linear,
+    check_rounding,
+    check_selective_step,
+    check_step_rounding,
+)
+from remamba_hf.modeling.decode_kernels import (
+    ChannelPlan,
+    LinearPlan,
+    convolution_and_projection,
+    convolution_step,
+    dependent_launches,
+    dual_step,
+    kernels_can_run,
+    norm_linear,
+    selective_step,
+)
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+DTYPES = [torch.float32, torch.bfloat16]  # float16 is compiled to the same as bfloat16 but for its name
+ROWS = [1, 2, 3, 5, 17, 64, 67]
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> None:
+    if not kernels_can_run(CUDA):
+        pytest.skip("no Triton, or a card from before compute capability 8.0")
+
+
+def noted(dtype: torch.dtype) -> Callable[..., None]:
+    """`note`, under names that do not count every shape on its own."""
+
+    def compare(name: str, value: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+        if expected.numel():
+            function, what = name.split(" ")[0], name.rpartition(", ")[2]
+            note(f"{function}, {what}, {dtype}", value, expected, limit)
+
+    return compare
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("case", LINEAR_CASES)
+def test_norm_linear(case, rows, dtype):
+    options = {key: dtype if value == "own" else value for key, value in LINEAR_CASES[case].items()}
+    for outputs, inputs in ((37, 70), (514, 1000)):
+        check_norm_linear(CUDA, dtype, (rows, outputs, inputs), **options, compare=noted(dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 64])
+@pytest.mark.parametrize(("outputs", "inputs", "gate"), [(10240, 2560, False), (10576, 2560, False), (2560, 5120, True)])
+def test_norm_linear_of_large_models(outputs, inputs, gate, rows):
+    residual = torch.float32 if gate else None
+    sizes = (rows, outputs, inputs)
+    check_norm_linear(CUDA, torch.bfloat16, sizes, norm=True, gate=gate, residual=residual, compare=noted(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        LinearPlan(1, 4, 1024, 2, 8),
+        LinearPlan(1, 32, 128, 6),
+        LinearPlan(16, 16, 64, 3),
+        LinearPlan(16, 128, 64, 3, 8),
+        LinearPlan(32, 64, 64, 4, fused_norm=False),
+        LinearPlan(64, 128, 64, 3, 8),
+    ],
+    ids=str,
+)
+def test_norm_linear_however_it_is_cut(plan):
+    for dtype in (torch.bfloat16, torch.float16):
+        for rows in (1, 3) if plan.rows < 32 else (33, 70):
+            check_norm_linear(
+                CUDA, dtype, (rows, 200, 1000), norm=True, gate=True, groups=2, plan=plan, compare=noted(dtype)
+            )
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_the_norm_is_rounded_as_the_modules_round_it(rows):
+    check_rounding(CUDA, torch.bfloat16, (rows, 512, 1024))
+    for bias_dtype in (torch.float32, torch.bfloat16):
+        check_step_rounding(CUDA, torch.bfloat16, rows, bias_dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_convolution(width, rows, dtype):
+    for channels, projected in ((83, 0), (1536, 0), (83, 13), (200, 32), (1536, 80), (5120, 192)):
+        sizes = (rows, channels, width)
+        check_convolution(CUDA, dtype, sizes, width != 3, rows != 2, projected=projected, compare=noted(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("channels", "size", "rank", "parts"),
+    [
+        (50, 4, 3, 1),
+        (50, 6, 1, 40),
+        (99, 16, 7, 5),
+        (70, 64, 17, 2),
+        (40, 128, 9, 3),
+        (1536, 16, 48, 48),
+        (5120, 16, 160, 40),
+    ],
+)
+def test_selective_step(channels, size, rank, parts, rows, dtype):
+    sizes = (rows, channels, size, rank)
+    check_selective_step(CUDA, dtype, sizes, parts, skip=rank != 7, active=rows != 2, compare=noted(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("heads", "channels", "size", "groups"),
+    [(4, 8, 4, 2), (2, 24, 16, 1), (6, 5, 6, 3), (3, 16, 128, 1), (24, 64, 128, 1), (80, 64, 128, 1), (8, 64, 64, 2)],
+)
+def test_dual_step(heads, channels, size, groups, rows, dtype):
+    sizes = (rows, heads, channels, size, groups)
+    check_dual_step(CUDA, dtype, sizes, skip=heads != 6, active=rows != 2, compare=noted(dtype))
+
+
+def test_narrow_states_and_biases():
+    narrow: dict[str, Any] = dict(state_dtype=torch.bfloat16, compare=noted(torch.bfloat16))
+    for rows in (1, 6, 40):
+        check_selective_step(CUDA, torch.bfloat16, (rows, 640, 16, 40), bias_dtype=torch.bfloat16, **narrow)
+        check_dual_step(CUDA, torch.bfloat16, (rows, 8, 64, 128, 1), **narrow)
+
+
+@pytest.mark.parametrize("plan", [ChannelPlan(1, 16, 1), ChannelPlan(1, 128, 8), ChannelPlan(16, 16, 4)], ids=str)
+def test_steps_however_they_are_cut(plan):
+    for rows in (1, 3, 20):
+        given: dict[str, Any] = dict(active=True, plan=plan, compare=noted(torch.bfloat16))
+        check_convolution(CUDA, torch.bfloat16, (rows, 300, 4), projected=40, **given)
+        check_selective_step(CUDA, torch.bfloat16, (rows, 300, 16, 20), **given)
+        if plan.rows == 1:
+            check_dual_step(CUDA, torch.bfloat16, (rows, 4, 100, 64, 2), **given)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("family", ["remamba", "remamba2"])
+def test_a_model_s_step(family, rows):
+    check_model_step(CUDA, family, rows, compare=noted(torch.float32))
+
+
+def test_results_do_not_change_from_run_to_run():
+    numbers = Numbers(CUDA, torch.bfloat16)
+    for rows in (1, 16, 64):
+        x, weight = numbers.normal(rows, 2560, dtype=torch.float32), numbers.normal(2560, 2560, scale=0.02)
+        norm_weight = numbers.normal(2560)
+        first = norm_linear(x, weight, norm_weight=norm_weight)
+        assert all(torch.equal(norm_linear(x, weight, norm_weight=norm_weight), first) for _ in range(20))
+
+
+def test_the_second_device_while_the_first_is_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    check_model_step(torch.device("cuda:1"), "remamba2", 3, compare=noted(torch.float32))
+
+
+class Chain:
+    """Layers of both kinds, whose kernels follow each other as in a model, on states of their own."""
+
+    def __init__(self, rows: int, layers: int = 6, hidden: int = 512, inner: int = 1024):
+        numbers = Numbers(CUDA, torch.bfloat16)
+        self.start = numbers.normal(rows, hidden, dtype=torch.float32)
+        self.active = numbers.some(rows + 1)[1:]
+        self.layers = []
+        for _ in range(layers):
+            weights = [
+                numbers.normal(hidden, mean=1.0, scale=0.1),
+                numbers.normal(2 * inner, hidden, scale=0.04),
+                numbers.normal(inner, 4),
+                numbers.normal(32 + 32, inner, scale=0.03),
+                numbers.normal(inner, 32, scale=0.2),
+                numbers.normal(inner, dtype=torch.float32),
+                -torch.exp(numbers.normal(inner, 16, dtype=torch.float32)),
+                numbers.normal(hidden, inner, scale=0.03),
+                numbers.normal(2 * inner + 128 + 16, hidden, scale=0.04),
+                numbers.normal(inner + 128, 4),
+                numbers.normal(16, dtype=torch.float32),
+                -torch.exp(numbers.normal(16, dtype=torch.float32)),
+                numbers.normal(inner, mean=1.0, scale=0.1),
+            ]
+            states = [
+                numbers.normal(rows, inner, 4),
+                numbers.normal(rows, inner, 16, dtype=torch.float32),
+                numbers.normal(rows, inner + 128, 4),
+                numbers.normal(rows, 16, inner // 16, 64, dtype=torch.float32),
+            ]
+            self.layers.append((weights, states))
+
+    def states(self) -> list[torch.Tensor]:
+        return [state for _, states in self.layers for state in states]
+
+    def __call__(self) -> torch.Tensor:
+        hidden = self.start
+        inner = self.layers[0][1][0].shape[1]
+        for weights, (conv1, state1, conv2, state2) in self.layers:
+            norm, in1, kernel1, projection, step, bias, A1, out, in2, kernel2, bias2, A2, norm2 = weights
+            x, z = norm_linear(hidden, in1, norm_weight=norm).chunk(2, dim=1)
+            x, partials = convolution_and_projection(x, kernel1, None, conv1, projection, self.active)
+            y = selective_step(x, z, partials, step, bias, A1, None, state1, self.active)
+            hidden = norm_linear(y, out, residual=hidden)
+            z, xBC, dt = norm_linear(hidden, in2, norm_weight=norm).split([inner, inner + 128, 16], dim=1)
+            xBC = convolution_step(xBC, kernel2, None, conv2, self.active)
+            y = dual_step(xBC, dt, bias2, A2, None, state2, active=self.active)
+            hidden = norm_linear(y, out, norm_weight=norm2, gate=z, residual=hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("dependent", [False, True])
+def test_a_captured_graph_gives_what_single_launches_give(dependent, rows):
+    chain = Chain(rows)
+    saved = [state.clone() for state in chain.states()]
+    expected = [chain() for _ in range(4)]
+    expected_states = [state.clone() for state in chain.states()]
+
+    with dependent_launches(dependent):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            chain()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = chain()
+    for _ in range(5):
+        for state, value in zip(chain.states(), saved, strict=True):
+            state.copy_(value)
+        for wanted in expected:
+            graph.replay()
+            assert torch.equal(out, wanted)
+        for state, wanted in zip(chain.states(), expected_states, strict=True):
+            assert torch.equal(state, wanted)
+    for state, value in zip(expected_states, saved, strict=True):
+        assert torch.equal(state[~chain.active], value[~chain.active])
