@@ -138,6 +138,10 @@ class RecurrentMixer(OwnStart):
             return states[0].clone(), states[1].clone()
         return states
 
+    def decay_rates(self) -> torch.Tensor:
+        """A of the recurrence, negative, in float32 at least."""
+        raise NotImplementedError
+
     def update_cache(self, cache_params: Cache | None, conv_state: torch.Tensor, state: torch.Tensor | None) -> None:
         """Leave the states that a pass ended with in the cache, if there is one."""
         if cache_params is not None:

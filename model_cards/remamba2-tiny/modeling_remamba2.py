@@ -16,8 +16,16 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .configuration_remamba2 import ReMamba2Config
+from .decode_kernels import convolution_step, dual_step, norm_linear
 from .precision import at_least_float32
-from .recurrent_model import OwnStart, RecurrentMixer, RecurrentPreTrainedModel, depthwise_convolution, without_pads
+from .recurrent_model import (
+    OwnStart,
+    RecurrentMixer,
+    RecurrentPreTrainedModel,
+    RMSNorm,
+    depthwise_convolution,
+    without_pads,
+)
 from .selective_compression import Adaptation
 from .state_space_dual import state_space_dual, state_space_dual_step
 from .two_stage_model import StepAdaptation, TwoStageBlock, TwoStageForCausalLM, TwoStageModel
@@ -98,7 +106,7 @@ class ReMamba2Mixer(RecurrentMixer):
         y, ssm_state = state_space_dual(
             x,
             without_pads(self._step_size(step, adaptation), lengths),
-            self._decay_rates(),
+            self.decay_rates(),
             B,
             C,
             self.D,
@@ -115,13 +123,39 @@ class ReMamba2Mixer(RecurrentMixer):
         """One token: xBC [B, E + 2 G N], step [B, 1, nh] -> [B, 1, E]. The cached states are updated in place."""
         x, B, C = self._heads(self.convolve_token(xBC, conv_state))
         dt = self._step_size(step, None)[:, 0]
-        return state_space_dual_step(x, dt, self._decay_rates(), B, C, self.D, ssm_state).flatten(1).unsqueeze(1)
+        return state_space_dual_step(x, dt, self.decay_rates(), B, C, self.D, ssm_state).flatten(1).unsqueeze(1)
 
     def _heads(self, xBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[..., E + 2 G N] -> x [..., nh, P], B and C [..., G, N]."""
         x, B, C = xBC.split(self.convolved_sizes, dim=-1)
         groups = (self.config.n_groups, self.config.state_size)
         return x.unflatten(-1, (self.config.num_heads, -1)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def fused_step(
+        self,
+        hidden_states: torch.Tensor,
+        norm: RMSNorm,
+        conv_state: torch.Tensor,
+        ssm_state: torch.Tensor,
+        decay_rates: torch.Tensor,
+        residual_in_fp32: bool,
+    ) -> torch.Tensor:
+        """A block's step in four kernels; see `MambaMixer.fused_step`."""
+        projected = norm_linear(hidden_states, self.in_proj.weight, self.in_proj.bias, norm.weight, norm.eps)
+        z, xBC, step = projected.split(self.projected_sizes, dim=-1)
+        xBC = convolution_step(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state)
+        y = dual_step(xBC, step, self.dt_bias, decay_rates, self.D, ssm_state, self.config.time_step_limit)
+        return norm_linear(
+            y,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            self.norm.weight,
+            self.norm.eps,
+            gate=z,
+            groups=self.norm.groups,
+            residual=hidden_states,
+            residual_in_fp32=residual_in_fp32,
+        )
 
     def _step_size(self, step: torch.Tensor, adaptation: Adaptation | None) -> torch.Tensor:
         """dt = clamp(softplus(alpha * step + Theta + dt_bias)) at kept vectors, without alpha and Theta elsewhere.
@@ -134,7 +168,7 @@ class ReMamba2Mixer(RecurrentMixer):
         low, high = self.config.time_step_limit
         return F.softplus(step + self.dt_bias).clamp(low, high)
 
-    def _decay_rates(self) -> torch.Tensor:
+    def decay_rates(self) -> torch.Tensor:
         """A [nh], negative."""
         return -torch.exp(at_least_float32(self.A_log))
 

@@ -63,6 +63,11 @@ def usable_kernel(name: str, *tensors: torch.Tensor | None) -> Callable[..., Any
     return load_kernel(name)[0]
 
 
+def kernels_enabled() -> bool:
+    """False inside `without_kernels`."""
+    return not _disabled
+
+
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     """Run everything inside through the torch paths, on any device (for comparisons and for debugging)."""

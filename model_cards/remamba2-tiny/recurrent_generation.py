@@ -6,13 +6,30 @@ Shapes: `B` rows, `L` columns of the prompt, `H` hidden size.
 """
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.generation import GenerateDecoderOnlyOutput
 
+from .decode_graph import RUNS_AHEAD, CacheStep, EagerStep, FusedStep, decode, graphs_of, why_not_graphed
 from .recurrent_passes import Progress, check_chunk_length, check_no_empty_prompt, check_token_ids
+
+
+class _Call(NamedTuple):
+    """What the loop has to know of the call of `generate` that it runs in, besides its arguments.
+
+    cuda_graph: as given.
+    keeps_cache: the caller has the cache, and may continue it.
+    """
+
+    cuda_graph: bool | None = False
+    keeps_cache: bool = False
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
 
 
 class RecurrentGenerationMixin(GenerationMixin):
@@ -25,6 +42,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         *args: Any,
         prefill_chunk_length: int | None = None,
         prefill_progress: Progress | None = None,
+        cuda_graph: bool | None = False,
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate`, which reads the prompt in chunks and continues caches exactly.
@@ -37,6 +55,8 @@ class RecurrentGenerationMixin(GenerationMixin):
                 memory for activations bounded by the chunk. Default: chunks of 32,768.
             prefill_progress (`Callable[[int, int], Any]`, *optional*): called after every chunk with the tokens read and
                 the tokens to read.
+            cuda_graph (`bool`, *optional*, defaults to `False`): decode with captured steps (decode_graph.py), with the same
+                result. True raises where it is not possible; None does it where it is possible and worth the capture.
 
         Returns:
             What `GenerationMixin.generate` returns.
@@ -59,17 +79,21 @@ class RecurrentGenerationMixin(GenerationMixin):
         note, repeated = _continuation(cache, prompt)
         filled = cache is not None and cache.has_previous_state()
         beams = _first_given("num_beams", kwargs, *generation_configs)
-        result = super().generate(
-            inputs,
-            generation_config,
-            *args,
-            prefill_chunk_length=prefill_chunk_length,
-            prefill_progress=prefill_progress,
-            prompt_columns=1 if prompt is None else prompt.shape[1],
-            prompt_copies=self.prompt_copies(generation_config, kwargs),
-            columns_read=repeated,
-            **kwargs,
-        )
+        outer = _CALL.set(_Call(cuda_graph, keeps_cache=cache is not None))
+        try:
+            result = super().generate(
+                inputs,
+                generation_config,
+                *args,
+                prefill_chunk_length=prefill_chunk_length,
+                prefill_progress=prefill_progress,
+                prompt_columns=1 if prompt is None else prompt.shape[1],
+                prompt_copies=self.prompt_copies(generation_config, kwargs),
+                columns_read=repeated,
+                **kwargs,
+            )
+        finally:
+            _CALL.reset(outer)
         sequences = result if isinstance(result, torch.Tensor) else result.sequences
         cache = getattr(result, "past_key_values", cache)
         if cache is not None:
@@ -77,6 +101,58 @@ class RecurrentGenerationMixin(GenerationMixin):
             cache.refusal = _HOLDS_BEAMS if beams > 1 else _ENDED_EARLY.format(early) if early else None
             cache.note = None if beams > 1 else _note_after(note, filled, repeated, prompt, sequences)
         return result
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling: with captured steps where that is possible, else transformers' own loop."""
+        call = _CALL.get() or _Call()
+        reason = why_not_graphed(self, generation_config, stopping_criteria, model_kwargs)
+        if synced_gpus:
+            reason = "the processes of a sharded model have to keep step"
+        if call.cuda_graph and reason:
+            raise ValueError(f"cuda_graph=True is not possible: {reason}. Leave it out to decode without.")
+        if reason or call.cuda_graph is False:
+            loop = super()._sample
+            return loop(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+            )
+        output = self._prefill(input_ids, generation_config, model_kwargs)
+        cache = output.cache_params
+        steps = stopping_criteria.max_length - input_ids.shape[1] - 1
+        step = graphs_of(self).step(self, cache, steps, insist=bool(call.cuda_graph)) or EagerStep(self, cache)
+        keeps_cache = call.keeps_cache or generation_config.return_dict_in_generate
+        sequences, scores, logits = decode(
+            step,
+            output.logits[:, -1],
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            late=0 if keeps_cache else RUNS_AHEAD,
+        )
+        if keeps_cache:
+            step.leave(self, cache)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=scores if generation_config.output_scores else None,
+            logits=logits if generation_config.output_logits else None,
+            past_key_values=cache,
+        )
+
+    def step_to_capture(self, cache: Cache, fused: bool) -> CacheStep:
+        """A step on the states in `cache`, in kernels that read the weights themselves if that is possible (`fused`)."""
+        return FusedStep(self, cache) if fused else CacheStep(self, cache)
 
     def prompt_copies(self, generation_config: Any, kwargs: dict[str, Any]) -> int:
         """How many rows `generate` makes of every row of the prompt: beams, or return sequences."""

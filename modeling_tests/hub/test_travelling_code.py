@@ -19,6 +19,8 @@ ALLOWED_MODULES = {
     "abc",
     "collections",
     "contextlib",
+    "contextvars",
+    "copy",
     "dataclasses",
     "enum",
     "functools",
@@ -27,9 +29,12 @@ ALLOWED_MODULES = {
     "operator",
     "typing",
     "warnings",
+    "weakref",
 }
 ALLOWED_IN = {"optional_kernels.py": {"importlib"}, "recurrent_model.py": {"pathlib"}}
 THIRD_PARTY = {"torch", "transformers"}
+# Triton's language has names that elsewhere read files.
+ALLOWED_ON = {"decode_kernels.py": {"tl", "triton"}}
 FORBIDDEN_NAMES = {
     *("eval", "exec", "compile", "open", "input", "breakpoint", "__import__", "globals", "vars", "setattr", "delattr"),
     *("__builtins__", "__loader__"),
@@ -39,6 +44,10 @@ FORBIDDEN_ATTRIBUTES = {
     *("load", "save", "load_library", "jit", "write", "write_text", "write_bytes", "unlink", "mkdir", "__subclasses__"),
     *("__globals__", "__builtins__", "from_file", "tofile", "download_url_to_file", "multiprocessing", "rpc"),
 }
+
+
+def of_an_allowed_owner(node: ast.Attribute, name: str) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ALLOWED_ON.get(name, set())
 
 
 def violations(source: str, name: str = "file.py") -> list[str]:
@@ -70,7 +79,7 @@ def violations(source: str, name: str = "file.py") -> list[str]:
                 found.append(f"{node.lineno}: import *")
         if isinstance(node, ast.Name) and node.id in FORBIDDEN_NAMES:
             found.append(f"{node.lineno}: {node.id}")
-        if isinstance(node, ast.Attribute) and node.attr in FORBIDDEN_ATTRIBUTES:
+        if isinstance(node, ast.Attribute) and node.attr in FORBIDDEN_ATTRIBUTES and not of_an_allowed_owner(node, name):
             found.append(f"{node.lineno}: .{node.attr}")
         if (
             isinstance(node, ast.Call)

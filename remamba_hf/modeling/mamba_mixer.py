@@ -12,8 +12,9 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
+from .decode_kernels import convolution_and_projection, norm_linear, selective_step
 from .precision import at_least_float32
-from .recurrent_model import RecurrentMixer, depthwise_convolution, without_pads
+from .recurrent_model import RecurrentMixer, RMSNorm, depthwise_convolution, without_pads
 from .selective_scan import selective_scan, selective_scan_step
 
 
@@ -79,7 +80,7 @@ class MambaMixer(RecurrentMixer):
         step, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         dt = without_pads(self._step_size(step, adaptation), lengths)
         y, ssm_state = selective_scan(
-            x, dt, self._decay_rates(), B, C, self.D, z, ssm_state, return_final_state=cache_params is not None
+            x, dt, self.decay_rates(), B, C, self.D, z, ssm_state, return_final_state=cache_params is not None
         )
         self.update_cache(cache_params, conv_state, ssm_state)
         return self.out_proj(y)
@@ -89,12 +90,34 @@ class MambaMixer(RecurrentMixer):
         x = self.convolve_token(x, conv_state)
         step, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         dt = self._step_size(step.unsqueeze(1), None)[:, 0]
-        return selective_scan_step(x, dt, self._decay_rates(), B, C, self.D, z, ssm_state)
+        return selective_scan_step(x, dt, self.decay_rates(), B, C, self.D, z, ssm_state)
+
+    def fused_step(
+        self,
+        hidden_states: torch.Tensor,
+        norm: RMSNorm,
+        conv_state: torch.Tensor,
+        ssm_state: torch.Tensor,
+        decay_rates: torch.Tensor,
+        residual_in_fp32: bool,
+    ) -> torch.Tensor:
+        """A block's step in four kernels that read the weights themselves, norm and residual sum included: [B, H], as given.
+
+        For blocks whose layers are what their weights say (`decode_graph.can_be_fused`). States are updated in place.
+        """
+        xz = norm_linear(hidden_states, self.in_proj.weight, self.in_proj.bias, norm.weight, norm.eps)
+        x, z = xz.chunk(2, dim=-1)
+        kernel, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        x, partials = convolution_and_projection(x, kernel, bias, conv_state, self.x_proj.weight)
+        y = selective_step(x, z, partials, self.dt_proj.weight, self.dt_proj.bias, decay_rates, self.D, ssm_state)
+        return norm_linear(
+            y, self.out_proj.weight, self.out_proj.bias, residual=hidden_states, residual_in_fp32=residual_in_fp32
+        )
 
     def _step_size(self, step: torch.Tensor, adaptation: Any) -> torch.Tensor:
         """dt = softplus(W_dt step + b_dt): [B, L, R] -> [B, L, E], float32 at least."""
         return F.softplus(at_least_float32(self.dt_proj(step)))
 
-    def _decay_rates(self) -> torch.Tensor:
+    def decay_rates(self) -> torch.Tensor:
         """A [E, N], negative."""
         return -torch.exp(at_least_float32(self.A_log))

@@ -22,8 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_memmamba import MemMambaConfig
+from .decode_graph import CacheStep
 from .mamba_mixer import MambaMixer
-from .note_memory import NoteMemory, Reading, tokens_read
+from .note_memory import NoteMemory, Reading, StepState, tokens_read
 from .note_pool import Clock, Pool
 from .precision import at_least_float32
 from .recurrent_model import RecurrentForCausalLM, RecurrentModel, RecurrentPreTrainedModel, RMSNorm, is_filled
@@ -107,13 +108,22 @@ class MemMambaBlock(GradientCheckpointingLayer):
         """
         pools = [Pool(*below[start : start + 3]) for start in range(0, len(below), 3)]
         added, pool, cost, reading = self.memory(hidden_states, clock, pools, cache_params, wants_reading, wants_cost)
+        hidden_states = self.mix(hidden_states, added, lengths, cache_params)
+        return hidden_states, *pool, *(() if cost is None else (cost,)), *(() if reading is None else reading)
+
+    def mix(
+        self,
+        hidden_states: torch.Tensor,
+        added: torch.Tensor,
+        lengths: torch.Tensor | None,
+        cache_params: Cache | None,
+    ) -> torch.Tensor:
+        """The block's output from its input and what its memory adds, [B, T, H] all."""
         if self.memory_first:
             hidden_states = hidden_states + added
         mixed = self.mixer(self.norm(hidden_states), None, lengths, cache_params)
         hidden_states = (at_least_float32(hidden_states) if self.residual_in_fp32 else hidden_states) + mixed
-        if not self.memory_first:
-            hidden_states = hidden_states + added
-        return hidden_states, *pool, *(() if cost is None else (cost,)), *(() if reading is None else reading)
+        return hidden_states if self.memory_first else hidden_states + added
 
 
 @dataclass
@@ -249,6 +259,52 @@ class MemMambaModel(RecurrentModel, MemMambaPreTrainedModel):
         return self.finished(output, use_cache, return_dict)
 
 
+class NotesStep(CacheStep):
+    """A decoding step whose memories are outside of the cache, so that a chunk's end, which the host foresees, is the only
+    thing that has to be done in between."""
+
+    def __init__(self, model: Any, cache: Cache):
+        super().__init__(model, cache)
+        self.chunk = model.config.chunk_size
+        self.memories = [block.memory.step_state(cache) for block in model.backbone.layers]
+        self.read = tokens_read(cache)
+
+    def begin(self, model: Any, cache: Cache) -> None:
+        super().begin(model, cache)
+        self.read = tokens_read(self.cache)
+        for block, memory in zip(model.backbone.layers, self.memories, strict=True):
+            for mine, theirs in zip(_parts(memory), _parts(block.memory.step_state(self.cache)), strict=True):
+                mine.copy_(theirs)
+
+    def end(self, model: Any, cache: Cache) -> None:
+        for block, memory in zip(model.backbone.layers, self.memories, strict=True):
+            block.memory.keep(self.cache, memory)
+        super().end(model, cache)
+
+    def run(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        config, backbone = model.config, model.backbone
+        hidden_states = backbone.embeddings(tokens)
+        below: list[Pool] = []
+        for layer_idx, (block, memory) in enumerate(zip(backbone.layers, self.memories, strict=True)):
+            pools = below if config.reads_layers_below(layer_idx) else []
+            added, pool = block.memory.step(hidden_states, memory, pools)
+            hidden_states = block.mix(hidden_states, added, None, self.cache)
+            below = [pool, *below][: config.cross_layer_group]
+        return at_least_float32(model.lm_head(backbone.norm_f(hidden_states)))[:, -1]
+
+    def needs_upkeep(self) -> bool:
+        self.read = [read + 1 for read in self.read]
+        return any(read % self.chunk == 0 for read in self.read)
+
+    def upkeep(self, model: Any) -> None:
+        for block, memory in zip(model.backbone.layers, self.memories, strict=True):
+            block.memory.commit_step(memory)
+
+
+def _parts(memory: StepState) -> tuple[torch.Tensor, ...]:
+    return *memory.pool, *memory.opened, memory.read
+
+
 class MemMambaForCausalLM(RecurrentForCausalLM, MemMambaPreTrainedModel, GenerationMixin):
     """MemMamba with a language modeling head."""
 
@@ -297,6 +353,9 @@ class MemMambaForCausalLM(RecurrentForCausalLM, MemMambaPreTrainedModel, Generat
             "output_hidden_states": output_hidden_states,
         }
         return self.run(inputs, labels, logits_to_keep, prompt_copies, return_dict, kwargs)
+
+    def step_to_capture(self, cache: Cache, fused: bool) -> CacheStep:
+        return NotesStep(self, cache)
 
     def other_loss(self, output: MemMambaModelOutput) -> torch.Tensor | None:
         return None if output.write_loss is None else self.config.write_cost * output.write_loss

@@ -47,6 +47,19 @@ class Reading(NamedTuple):
     weights: torch.Tensor
 
 
+class StepState(NamedTuple):
+    """A layer's memory between decoding steps, on its device alone, where steps change it in place.
+
+    pool: [B, K, ...].
+    opened: [B, C, ...], zeros behind the open chunk's tokens.
+    read: [B] long, tokens that each row has read.
+    """
+
+    pool: Pool
+    opened: OpenChunk
+    read: torch.Tensor
+
+
 class NoteReader(OwnStart):
     """Attention of tokens over notes (Eq. 6, 7). What it returns starts at zero, so that a model starts as its plain one.
 
@@ -184,34 +197,89 @@ class NoteMemory(nn.Module):
             cache_params: the memory's state to continue and to update.
         """
         tokens = self.norm(hidden_states)
-        logits = at_least_float32(self.write_score(tokens).squeeze(-1))
+        notes, scores, logits = self._notes(tokens)
         cost = self._cost(logits, clock) if wants_cost else None
-        scores = torch.sigmoid(logits)
-        scores = scores.masked_fill(scores <= self.config.write_threshold, 0.0)
-        notes = self.note(tokens)
-        pool, opened = self._state(cache_params, len(tokens), notes, scores)
-        chunk = self.config.chunk_size
+        state = self._state(cache_params, len(tokens), notes, scores)
         if hidden_states.shape[1] == 1 and min(clock.lengths) == 1 and not torch.is_grad_enabled():
-            pools = Pool(*(part.unsqueeze(1) for part in pool))
-            places = torch.tensor([read % chunk for read in clock.read], device=tokens.device)
-            rows = torch.arange(len(tokens), device=tokens.device)
-            opened = OpenChunk(
-                opened.notes.index_put((rows, places), notes[:, 0].to(opened.notes.dtype)),
-                opened.scores.index_put((rows, places), scores[:, 0]),
-            )
-            if any(after % chunk == 0 for after in clock.after):
-                pool, opened = self._commit(pool, opened, clock)
-            grid = tokens.unsqueeze(1)
+            added, pools, weights = self._step(tokens, notes, scores, state, below)
+            if any(after % self.config.chunk_size == 0 for after in clock.after):
+                pools = Pool(*(part.clone() for part in pools))  # the layers above read what was before the commit
+                self.commit_step(state)
         else:
-            grid = into_chunks(tokens, clock, chunk)
-            pools, pool, opened = self._commit_chunks(pool, opened, notes, scores, clock)
+            grid = into_chunks(tokens, clock, self.config.chunk_size)
+            pools, pool, opened = self._commit_chunks(state.pool, state.opened, notes, scores, clock)
+            state = StepState(pool, opened, torch.tensor(clock.after, device=tokens.device))
+            added, weights = self._read(tokens, grid, pools, below, clock)
+        self.keep(cache_params, state)
+        return added, pools, cost, self._last_reading(pools, weights, clock) if wants_reading else None
+
+    def step(self, hidden_states: torch.Tensor, state: StepState, below: Sequence[Pool]) -> tuple[torch.Tensor, Pool]:
+        """What is added to one token of every row [B, 1, H], and the pools that it read [B, 1, K, ...]; its note joins the
+        open chunk. Asks the device nothing: whoever knows that a chunk has ended calls `commit_step`, before the next step.
+        """
+        tokens = self.norm(hidden_states)
+        notes, scores, _ = self._notes(tokens)
+        added, pools, _ = self._step(tokens, notes, scores, state, below)
+        return added, pools
+
+    def commit_step(self, state: StepState) -> None:
+        """Commit the chunks of the rows where one has just ended."""
+        chunk = self.config.chunk_size
+        ended = state.read % chunk == 0
+        positions = ((state.read - chunk)[:, None] + torch.arange(chunk, device=ended.device)).unsqueeze(1)
+        scores = (state.opened.scores * ended[:, None]).unsqueeze(1)
+        pool = state.pool
+        index, present = best_before_each_chunk(self._ranks(pool.scores, pool.positions), self._ranks(scores, positions))
+        written = Pool(self._written(state.opened.notes.unsqueeze(1)).to(pool.notes.dtype), scores, positions)
+        for part, chosen in zip(pool, pools_of_chunks(pool, written, index, present), strict=True):
+            part.copy_(chosen[:, 1])
+        state.opened.notes.masked_fill_(ended[:, None, None], 0)
+        state.opened.scores.masked_fill_(ended[:, None], 0)
+
+    def step_state(self, cache_params: Cache) -> StepState:
+        """The memory in a filled cache, for steps."""
+        layer = cache_params.layers[self.layer_idx]
+        packed, opened = layer.recurrent_states[_SLOT].clone(), layer.conv_states[_SLOT].clone()
+        size = self.config.note_size
+        pool = Pool(packed[:, :-1, :size], packed[:, :-1, size], _count(packed[:, :-1, size + 1 :]))
+        return StepState(
+            pool, OpenChunk(opened[:, :size].transpose(1, 2), opened[:, size]), _count(packed[:, -1, size + 1 :])
+        )
+
+    def _notes(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What normed tokens write: notes as projected, scores, and the scores' logits."""
+        logits = at_least_float32(self.write_score(tokens).squeeze(-1))
+        scores = torch.sigmoid(logits)
+        return self.note(tokens), scores.masked_fill(scores <= self.config.write_threshold, 0.0), logits
+
+    def _step(
+        self, tokens: torch.Tensor, notes: torch.Tensor, scores: torch.Tensor, state: StepState, below: Sequence[Pool]
+    ) -> tuple[torch.Tensor, Pool, torch.Tensor]:
+        """One normed token of every row: what is added to it, and the pools it read with its weights."""
+        places = state.read % self.config.chunk_size
+        rows = torch.arange(len(tokens), device=tokens.device)
+        state.opened.notes.index_put_((rows, places), notes[:, 0].to(state.opened.notes.dtype))
+        state.opened.scores.index_put_((rows, places), scores[:, 0].to(state.opened.scores.dtype))
+        state.read.add_(1)
+        pools = Pool(*(part.unsqueeze(1) for part in state.pool))
+        added, weights = self._read(tokens, tokens.unsqueeze(1), pools, below, None)
+        return added, pools, weights
+
+    def _read(
+        self, tokens: torch.Tensor, grid: torch.Tensor, pools: Pool, below: Sequence[Pool], clock: Clock | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is added to normed tokens [B, T, H], which stand in the chunks of `grid`, and their weights; no clock: every
+        row has one."""
+
+        def placed(read: torch.Tensor) -> torch.Tensor:
+            return read.flatten(1, 2) if clock is None else out_of_chunks(read, clock, tokens.shape[1])
+
         read, weights = self.token_reader(grid, [pools])
-        added = self.token_fusion(tokens, self._tokens(read, clock, tokens))
+        added = self.token_fusion(tokens, placed(read))
         if self.reads_below:
             read, _ = self.layer_reader(grid, below)
-            added = added + self.layer_fusion(tokens, self._tokens(read, clock, tokens))
-        self._update(cache_params, pool, opened, clock)
-        return added, pools, cost, self._last_reading(pools, weights, clock) if wants_reading else None
+            added = added + self.layer_fusion(tokens, placed(read))
+        return added, weights
 
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the cached states without the batch: of the open chunk, and of the pool with the tokens read."""
@@ -225,10 +293,6 @@ class NoteMemory(nn.Module):
         lengths = torch.tensor(clock.lengths, device=logits.device)[:, None]
         pads = torch.arange(logits.shape[1], device=logits.device) >= lengths
         return costs.masked_fill(pads, 0).sum() / max(sum(clock.lengths), 1)
-
-    def _tokens(self, grid: torch.Tensor, clock: Clock, like: torch.Tensor) -> torch.Tensor:
-        """[B, n, C, H] -> [B, T, H]; a decoding step's [B, 1, 1, H] has no empty places."""
-        return grid.flatten(1, 2) if grid.shape[2] == 1 else out_of_chunks(grid, clock, like.shape[1])
 
     def _written(self, notes: torch.Tensor) -> torch.Tensor:
         """Projected notes [B, n, C, F] -> as they are committed."""
@@ -263,31 +327,11 @@ class NoteMemory(nn.Module):
         )
         return Pool(*(part[:, :-1] for part in pools)), after_the_last(pools, complete), opened
 
-    def _commit(self, pool: Pool, opened: OpenChunk, clock: Clock) -> tuple[Pool, OpenChunk]:
-        """The state behind a decoding step, in which the chunks of some rows have ended."""
-        chunk = self.config.chunk_size
-        ended = torch.tensor([after % chunk == 0 for after in clock.after], device=opened.scores.device)
-        begins = torch.tensor([read // chunk * chunk for read in clock.read], device=ended.device)
-        positions = (begins[:, None] + torch.arange(chunk, device=ended.device)).unsqueeze(1)
-        scores = (opened.scores * ended[:, None]).unsqueeze(1)
-        index, present = best_before_each_chunk(self._ranks(pool.scores, pool.positions), self._ranks(scores, positions))
-        written = Pool(self._written(opened.notes.unsqueeze(1)).to(pool.notes.dtype), scores, positions)
-        pools = pools_of_chunks(pool, written, index, present)
-        emptied = OpenChunk(opened.notes.masked_fill(ended[:, None, None], 0), opened.scores.masked_fill(ended[:, None], 0))
-        return Pool(*(part[:, 1] for part in pools)), emptied
-
-    def _state(
-        self, cache_params: Cache | None, rows: int, notes: torch.Tensor, scores: torch.Tensor
-    ) -> tuple[Pool, OpenChunk]:
+    def _state(self, cache_params: Cache | None, rows: int, notes: torch.Tensor, scores: torch.Tensor) -> StepState:
         """The memory before a pass: from the cache, or empty."""
         config = self.config
         if cache_params is not None and cache_params.has_previous_state(self.layer_idx, _SLOT):
-            layer = cache_params.layers[self.layer_idx]
-            packed, opened = layer.recurrent_states[_SLOT], layer.conv_states[_SLOT]
-            packed, opened = packed[:, :-1].clone(), opened.clone()  # the cache's own tensors are overwritten
-            size = config.note_size
-            pool = Pool(packed[..., :size], packed[..., size], _count(packed[..., size + 1 :]))
-            return pool, OpenChunk(opened[:, :size].transpose(1, 2), opened[:, size])
+            return self.step_state(cache_params)
         size, chunk = (config.pool_size, config.note_size), config.chunk_size
         dtype = state_dtype(notes)
         pool = Pool(
@@ -295,19 +339,20 @@ class NoteMemory(nn.Module):
             scores.new_zeros(rows, size[0]),
             torch.zeros(rows, size[0], dtype=torch.long, device=notes.device),
         )
-        return pool, OpenChunk(notes.new_zeros(rows, chunk, size[1], dtype=dtype), scores.new_zeros(rows, chunk))
+        opened = OpenChunk(notes.new_zeros(rows, chunk, size[1], dtype=dtype), scores.new_zeros(rows, chunk))
+        return StepState(pool, opened, torch.zeros(rows, dtype=torch.long, device=notes.device))
 
-    def _update(self, cache_params: Cache | None, pool: Pool, opened: OpenChunk, clock: Clock) -> None:
+    def keep(self, cache_params: Cache | None, state: StepState) -> None:
         """Leave the state in the cache: the open chunk where convolution inputs stand, and where recurrent states do the
         pool, with the tokens read in its last row. All zeros are an empty memory, so that a cache can be reset."""
         if cache_params is None:
             return
+        pool, opened, read = state
         dtype = state_dtype(pool.notes)
         packed = torch.cat(
             [pool.notes.to(dtype), pool.scores.to(dtype).unsqueeze(-1), _as_floats(pool.positions, dtype)], dim=-1
         )
-        read = _as_floats(torch.tensor(clock.after, device=packed.device), dtype)
-        last_row = nn.functional.pad(read, (self.config.note_size + 1, 0)).unsqueeze(1)
+        last_row = nn.functional.pad(_as_floats(read, dtype), (self.config.note_size + 1, 0)).unsqueeze(1)
         pending = torch.cat([opened.notes.to(dtype), opened.scores.to(dtype).unsqueeze(-1)], dim=-1).transpose(1, 2)
         cache_params.update_conv_state(pending, self.layer_idx, state_idx=_SLOT, conv_kernel_size=self.config.chunk_size)
         cache_params.update_recurrent_state(torch.cat([packed, last_row], dim=1), self.layer_idx, state_idx=_SLOT)
