@@ -344,3 +344,17 @@ def test_quantised_projections_act(base, family):
         exact, rounded = (m(ids).logits for m in (model, quantised))
     assert not torch.equal(rounded, exact)
     assert (rounded - exact).square().mean().sqrt() < 0.5 * exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_memmamba], ids=["remamba", "memmamba"])
+def test_prompt_tuning_trains_and_says_how_to_generate(make):
+    base = make(torch.float32)
+    shape = dict(num_virtual_tokens=4, num_attention_heads=1, num_layers=3, token_dim=16)
+    model = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", **shape)).eval()
+    ids = torch.randint(1, 50, (2, 12))
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    assert model.prompt_encoder["default"].embedding.weight.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="inputs_embeds to the base model's generate"):
+        model.generate(input_ids=ids, max_new_tokens=3)
+    embeds = torch.cat([model.get_prompt(2), base.get_input_embeddings()(ids)], dim=1)
+    assert base.generate(inputs_embeds=embeds, max_new_tokens=3, do_sample=False).shape == (2, 3)

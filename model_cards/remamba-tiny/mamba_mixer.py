@@ -101,8 +101,9 @@ class MambaMixer(RecurrentMixer):
         decay_rates: torch.Tensor,
         residual_in_fp32: bool,
     ) -> torch.Tensor:
-        """A block's step, norm and residual sum included, in four kernels that read the weights themselves: [B, H] as the
-        result. For blocks whose layers are what their weights say (`decode_graph.can_be_fused`); the states are updated in place.
+        """A block's step in four kernels that read the weights themselves, norm and residual sum included: [B, H], as given.
+
+        For blocks whose layers are what their weights say (`decode_graph.can_be_fused`). States are updated in place.
         """
         xz = norm_linear(hidden_states, self.in_proj.weight, self.in_proj.bias, norm.weight, norm.eps)
         x, z = xz.chunk(2, dim=-1)

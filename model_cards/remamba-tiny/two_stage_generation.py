@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from .recurrent_generation import RecurrentGenerationMixin, prompt_of
+from .recurrent_generation import RecurrentGenerationMixin, call_of_generate, prompt_of
 from .recurrent_passes import (
     PackedRows,
     Progress,
@@ -362,9 +362,6 @@ class TwoStageGenerationMixin(RecurrentGenerationMixin):
         is_first_iteration: bool | None = False,
         prefill_chunk_length: int | None = None,
         prefill_progress: Progress | None = None,
-        prompt_columns: int | None = None,
-        prompt_copies: int = 1,
-        columns_read: int = 0,
         compress_prompt: bool | None = None,
         compression_start: Any = None,
         compression_span: Any = None,
@@ -381,13 +378,11 @@ class TwoStageGenerationMixin(RecurrentGenerationMixin):
             is_first_iteration=is_first_iteration,
             prefill_chunk_length=prefill_chunk_length,
             prefill_progress=prefill_progress,
-            prompt_columns=prompt_columns,
-            prompt_copies=prompt_copies,
-            columns_read=columns_read,
             **kwargs,
         )
         if cache_params is not None and cache_params.has_previous_state():
             return model_inputs
+        prompt_columns = call_of_generate().prompt_columns
         if compress_prompt is not False and prompt_columns is not None:
             tokens = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
             mask = attention_mask if attention_mask is not None else tokens.new_ones(tokens.shape[:2], dtype=torch.long)

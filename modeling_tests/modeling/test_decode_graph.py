@@ -82,7 +82,7 @@ def batch(lengths=(9, 14, 11)):
         {"max_time": 60.0},
         {"max_new_tokens": 1},
     ],
-    ids=str,
+    ids=lambda settings: "-".join(settings) or "plain",
 )
 def test_the_loop_says_what_transformers_says(family, settings, own_loop):
     model = MODELS[family]()

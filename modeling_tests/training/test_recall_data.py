@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from remamba_hf.training.book_tokens import encode_text, list_books, prepare_books, read_book, train_book_tokenizer
+from remamba_hf.training.book_tokens import encode_text, list_books, prepare_books, train_book_tokenizer
 from remamba_hf.training.recall_data import RecallDataset, RecallLevel, RecallSampler
 
 WORDS = "the river and a house of old stone where she had walked for years with him in the rain".split()
@@ -42,7 +42,7 @@ def sampler(prepared):
 
 def test_tokenizer_gives_texts_back_and_every_digit_a_token(prepared):
     tokenizer, _ = prepared
-    text = " In 1815, she said:\n\n  “4821—yes”\t\n"
+    text = ' In 1815, she said:\n\n  "4821--yes"\t\n'
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert len(tokenizer("48213")["input_ids"]) == 5
@@ -307,10 +307,11 @@ def test_noise_replaces_a_share_of_the_book_and_nothing_else(prepared):
     assert not seen & set(tokenizer.all_special_ids)
 
 
-def test_typography_becomes_plain(tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_bytes("“It’s”—he said…\r\n\u00a0‘No’ – 1".encode())
-    assert read_book(path) == "\"It's\"--he said...\n 'No' - 1"
+def test_typography_becomes_plain(prepared):
+    tokenizer, _ = prepared
+    text = "“It’s” — naïve Æsop…\u00a0‘No’ – 1½ λόγος £2\n"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == "\"It's\" -- naive AEsop... 'No' - 11?2 ????? ?2\n"
 
 
 def test_several_questions_in_a_row(sampler, prepared):

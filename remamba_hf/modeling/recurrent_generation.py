@@ -18,18 +18,29 @@ from .decode_graph import RUNS_AHEAD, CacheStep, EagerStep, FusedStep, decode, g
 from .recurrent_passes import Progress, check_chunk_length, check_no_empty_prompt, check_token_ids
 
 
-class _Call(NamedTuple):
-    """What the loop has to know of the call of `generate` that it runs in, besides its arguments.
+class GenerateCall(NamedTuple):
+    """What a call of `generate` knows and transformers does not pass on to what runs inside.
 
     cuda_graph: as given.
     keeps_cache: the caller has the cache, and may continue it.
+    prompt_columns: of the prompt as given; None outside of `generate`.
+    prompt_copies: how many rows are made of every row of the prompt.
+    columns_read: how many columns of the prompt the cache has read already.
     """
 
     cuda_graph: bool | None = False
     keeps_cache: bool = False
+    prompt_columns: int | None = None
+    prompt_copies: int = 1
+    columns_read: int = 0
 
 
-_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
+_CALL: ContextVar[GenerateCall | None] = ContextVar("call", default=None)
+
+
+def call_of_generate() -> GenerateCall:
+    """The call of `generate` that this runs in."""
+    return _CALL.get() or GenerateCall()
 
 
 class RecurrentGenerationMixin(GenerationMixin):
@@ -66,6 +77,7 @@ class RecurrentGenerationMixin(GenerationMixin):
                 cannot serve.
         """
         generation_configs = (generation_config, self.generation_config)
+        _refuse_virtual_tokens(self)
         _refuse_modes(generation_configs, args, kwargs)
         if (cache := kwargs.pop("past_key_values", None)) is not None:
             kwargs.setdefault("cache_params", cache)
@@ -79,7 +91,14 @@ class RecurrentGenerationMixin(GenerationMixin):
         note, repeated = _continuation(cache, prompt)
         filled = cache is not None and cache.has_previous_state()
         beams = _first_given("num_beams", kwargs, *generation_configs)
-        outer = _CALL.set(_Call(cuda_graph, keeps_cache=cache is not None))
+        call = GenerateCall(
+            cuda_graph,
+            keeps_cache=cache is not None,
+            prompt_columns=1 if prompt is None else prompt.shape[1],
+            prompt_copies=self.prompt_copies(generation_config, kwargs),
+            columns_read=repeated,
+        )
+        outer = _CALL.set(call)
         try:
             result = super().generate(
                 inputs,
@@ -87,9 +106,6 @@ class RecurrentGenerationMixin(GenerationMixin):
                 *args,
                 prefill_chunk_length=prefill_chunk_length,
                 prefill_progress=prefill_progress,
-                prompt_columns=1 if prompt is None else prompt.shape[1],
-                prompt_copies=self.prompt_copies(generation_config, kwargs),
-                columns_read=repeated,
                 **kwargs,
             )
         finally:
@@ -113,7 +129,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Greedy search and sampling: with captured steps where that is possible, else transformers' own loop."""
-        call = _CALL.get() or _Call()
+        call = call_of_generate()
         reason = why_not_graphed(self, generation_config, stopping_criteria, model_kwargs)
         if synced_gpus:
             reason = "the processes of a sharded model have to keep step"
@@ -169,21 +185,19 @@ class RecurrentGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         prefill_chunk_length: int | None = None,
         prefill_progress: Progress | None = None,
-        prompt_columns: int | None = None,
-        prompt_copies: int = 1,
-        columns_read: int = 0,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one `forward`. Whoever reads the prompt, the first iteration or every one without a cache, also gets
         what concerns reading; a decoding step gets its token and the cache, nothing else."""
+        call = call_of_generate()
         filled = cache_params is not None and cache_params.has_previous_state()
         if filled and not is_first_iteration:
             input_ids, attention_mask = input_ids[:, -1:], None
         if is_first_iteration and cache_params is not None:
             cache_params.refusal = _LEFT_IN_THE_MIDDLE  # until the call ends, it is ahead of what its owner was given
-        if filled and is_first_iteration and columns_read:  # the whole text came again
-            input_ids = input_ids[:, columns_read:]
-            inputs_embeds = inputs_embeds if inputs_embeds is None else inputs_embeds[:, columns_read:]
+        if filled and is_first_iteration and call.columns_read:  # the whole text came again
+            input_ids = input_ids[:, call.columns_read :]
+            inputs_embeds = inputs_embeds if inputs_embeds is None else inputs_embeds[:, call.columns_read :]
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,
@@ -199,7 +213,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         model_inputs["prefill_chunk_length"] = prefill_chunk_length
         model_inputs["prefill_progress"] = prefill_progress if is_first_iteration else None
         if not filled:
-            model_inputs["prompt_copies"] = prompt_copies if is_first_iteration else 1
+            model_inputs["prompt_copies"] = call.prompt_copies if is_first_iteration else 1
         return model_inputs
 
     def forward_one_of_each(self, copies: int, **inputs: Any) -> Any:
@@ -359,6 +373,17 @@ def _refuse_modes(generation_configs: Sequence[Any], args: tuple[Any, ...], kwar
         raise ValueError(
             f"cache_implementation={asked('cache_implementation')!r} stores keys and values, which this model has none "
             "of. Its state has a constant size: leave cache_implementation out, or use 'static' or 'offloaded'."
+        )
+
+
+def _refuse_virtual_tokens(model: Any) -> None:
+    """Raise for PEFT's prompt learning, which puts its virtual tokens in front of every step of a cache it does not know."""
+    wrapper = getattr(model.__dict__.get("prepare_inputs_for_generation"), "__self__", None)
+    if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "PEFT's prompt learning cannot generate with a recurrent state: its virtual tokens would be read again at every "
+            "step. Give them as inputs_embeds to the base model's generate: torch.cat([model.get_prompt(batch), "
+            "embeddings(input_ids)], dim=1). LoRA has no such limit."
         )
 
 
