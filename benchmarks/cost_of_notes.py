@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import round_weights
 from tqdm.auto import tqdm
 
 from remamba_hf.evaluation.checkpoints import environment
@@ -181,7 +182,7 @@ def main() -> None:
         model.zero_grad()
         model.eval()
         if arguments.device.startswith("cuda"):
-            round_weights(model)
+            round_weights(model, torch.bfloat16)
     results["reading"] = reading(models, arguments.prompt, arguments.repeats, arguments.device)
     results["decoding"] = [
         decoding(models, rows, arguments.steps, arguments.repeats, arguments.device) for rows in arguments.decode_rows
@@ -189,13 +190,6 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output, results)
     print(f"{arguments.output}: training step {results['training_step']['times_plain']:.2f} times plain Mamba's")
-
-
-def round_weights(model: Any) -> None:
-    """To bfloat16, but for what `from_pretrained` keeps in float32."""
-    for name, parameter in model.named_parameters():
-        if not any(f".{kept}." in f".{name}." for kept in model._keep_in_fp32_modules_strict):
-            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def count_parameters(model: Any) -> int:

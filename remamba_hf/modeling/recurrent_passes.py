@@ -95,16 +95,14 @@ class StateReader:
         self.span = span
         self.points = points
         self.blocks: list[list[torch.Tensor]] | None = [] if with_blocks else None
-        self._spans: list[torch.Tensor] = []
+        self._span: torch.Tensor | None = None
         self._points: torch.Tensor | None = None
 
     def read(self, states: torch.Tensor, begin: int) -> None:
         end = begin + states.shape[1]
         low, high = max(self.span[0], begin), min(self.span[1], end)
-        if (low, high) == (begin, end):  # the tensor itself, which callers may want to retain a gradient of
-            self._spans.append(states)
-        elif low < high:
-            self._spans.append(states[:, low - begin : high - begin])
+        if low < high:
+            self._read_span(states if (low, high) == (begin, end) else states[:, low - begin : high - begin], low)
         if self.points is not None:
             local = self.points - begin
             inside = (local >= 0) & (local < end - begin)
@@ -112,10 +110,22 @@ class StateReader:
             other = torch.zeros_like(found) if self._points is None else self._points
             self._points = torch.where(inside.unsqueeze(-1), found, other)
 
+    def _read_span(self, states: torch.Tensor, begin: int) -> None:
+        """Keep states of the span's positions from `begin` on: as they are where they are all of it, for callers may want to
+        retain their gradient; else in one tensor, since pieces and their union would take the room twice."""
+        start, stop = self.span
+        if states.shape[1] == stop - start:
+            self._span = states
+            return
+        if self._span is None:
+            self._span = states.new_empty(states.shape[0], stop - start, states.shape[2])
+        self._span[:, begin - start : begin - start + states.shape[1]] = states
+
     @property
     def span_states(self) -> torch.Tensor:
         """[B, end - begin, H]"""
-        return _joined(self._spans)
+        assert self._span is not None
+        return self._span
 
     @property
     def point_states(self) -> torch.Tensor:

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
-# What is left of typography and foreign scripts: books in plain ASCII, as PG-19's training part is, teach a tokenizer nothing
-# of them, and their bytes would be tokens that no model has seen.
+# What is left of typography and foreign scripts: books in plain ASCII, as those that PG-19 trains on, teach a tokenizer
+# nothing of them, and their bytes would be tokens that no model has seen.
 PLAIN_TYPE = normalizers.Sequence(
     [
         normalizers.NFKD(),
