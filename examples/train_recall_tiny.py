@@ -14,7 +14,7 @@ compressor's values learn to look like the text they stand for, and its scores w
 compressed, first to every vector, then to fewer, while they grow. See remamba_hf/training/recall_losses.py.
 
 The curriculum of MemMamba: prompts grow to 4,096 tokens, and from 128 tokens on they hold several people's numbers, of which
-two are asked for, one after the other.
+two are asked for, one after the other. The write scores are told which tokens are numbers of the text's people.
 """
 
 import argparse
@@ -159,7 +159,7 @@ FULL_NOTES = replace(
     families={"memmamba": dict(state_size=16, write_cost=0.05), "remamba": dict(state_size=16)},
     noise=0.03,
     learning_rate=1e-3,
-    weights=LossWeights(language=0.1),
+    weights=LossWeights(language=0.1, evidence=0.05),
     levels=(
         RecallLevel((64, 80)),
         RecallLevel((128,), questions=2),
@@ -177,6 +177,7 @@ SMOKE_NOTES = replace(
         "remamba": dict(state_size=16),
     },
     noise=0.03,
+    weights=LossWeights(language=0.1, evidence=0.05),
     levels=(RecallLevel((56,)), RecallLevel((64, 80)), RecallLevel((96, 128)), RecallLevel((192, 256))),
 )
 

@@ -988,8 +988,11 @@ def test_what_writing_costs(padding):
         [-torch.log(1 - torch.sigmoid(x[:, : real.sum(1).max()][packed[:, : x.shape[1]]])) for x in logits]
     )
     assert output.write_loss.item() == pytest.approx(expected.mean().item(), rel=1e-10)
+    for mine, by_hook in zip(output.write_logits, logits, strict=True):
+        assert torch.equal(mine[real], by_hook[:, : real.sum(1).max()][packed[:, : by_hook.shape[1]]])
     free = model.eval()(**batch)
     assert free.write_loss is None
+    assert free.write_logits is None
     assert output.loss.item() == pytest.approx(free.loss.item() + 0.3 * expected.mean().item(), rel=1e-10)
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
+import re
 
 import numpy as np
 import pytest
@@ -314,6 +315,10 @@ def test_typography_becomes_plain(prepared):
     assert tokenizer.decode(ids) == "\"It's\" -- naive AEsop... 'No' - 11?2 ????? ?2\n"
 
 
+def document_of(tokenizer, ids, padding):
+    return tokenizer.decode(ids[ids != padding]).split("\nQuestion:")[0]
+
+
 def test_several_questions_in_a_row(sampler, prepared):
     """Every row: its text, then question and answer of each person in turn; only answers are labelled."""
     level = RecallLevel((400, 512), questions=3, distractors=2)
@@ -323,10 +328,12 @@ def test_several_questions_in_a_row(sampler, prepared):
         batch = dataset[index]
         assert batch["questions"] == 3
         assert batch["input_ids"].shape[0] == 1024 // batch["prompt_length"]
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        for ids, labels, numbers in zip(batch["input_ids"], batch["labels"], batch["numbers"], strict=True):
             answered = ids[labels != -100].tolist()
             assert torch.equal(ids[labels != -100], labels[labels != -100])
             assert len(answered) == 3 * 7
+            planted = re.findall(r" (?:is|was) (\d{5})[.,]", document_of(prepared[0], ids, sampler.padding))
+            assert prepared[0].decode(ids[numbers]) == "".join(planted)
             said = prepared[0].decode(ids[ids != sampler.padding])
             document, *dialogue = said.split("\nQuestion:")
             people = []

@@ -9,7 +9,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from remamba_hf.families import ALL_FAMILIES, FAMILIES
 from remamba_hf.training.recall_data import RecallDataset, RecallLevel
-from remamba_hf.training.recall_losses import evidence_loss, token_losses, value_loss
+from remamba_hf.training.recall_losses import evidence_loss, note_loss, token_losses, value_loss
 from remamba_hf.training.recall_trainer import Curriculum, RecallTrainer, take_batch
 from remamba_hf.training.two_stage_trainer import (
     PromptResponseCollator,
@@ -222,6 +222,20 @@ def test_trainer_with_collated_pairs_logs_matches_and_lowers_the_loss(family, tm
     history = [entry for entry in trainer.state.log_history if "answer_match" in entry]
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert history[-1]["answer_match"] > history[0]["answer_match"]
+
+
+def test_notes_are_wanted_above_all_others_together():
+    logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]], requires_grad=True)
+    wanted = torch.tensor([[True, False, False], [False, True, False]])
+    others = torch.tensor([-1.0, 0.5, 0.0, -2.0]).exp().sum().log()
+    expected = (F.softplus(others - 2.0) + F.softplus(others - 3.0)) / 2
+    loss = note_loss(logits, wanted)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert (logits.grad[wanted] < 0).all()
+    assert (logits.grad[~wanted] > 0).all()
+    assert logits.grad[0, 2] > logits.grad[1, 2], "the highest of the others is held down most"
+    assert note_loss(logits, torch.zeros_like(wanted)).item() == 0
 
 
 def test_each_answer_of_a_row_is_judged_by_itself():

@@ -44,6 +44,7 @@ class MemMambaModelOutput(ModelOutput):
     note_scores: likewise, the write scores; 0 where there is none.
     note_reads: likewise, how much of its attention each note got (a mean over heads); the rest went to the sink.
     write_loss: in training, what writing cost: the mean of -log(1 - score) over tokens and layers, a scalar.
+    write_logits: in training, the logits of every token's write score: one [B, L] a layer.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -53,6 +54,7 @@ class MemMambaModelOutput(ModelOutput):
     note_scores: tuple[torch.Tensor, ...] | None = None
     note_reads: tuple[torch.Tensor, ...] | None = None
     write_loss: torch.Tensor | None = None
+    write_logits: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -71,6 +73,7 @@ class MemMambaCausalLMOutput(ModelOutput):
     note_scores: tuple[torch.Tensor, ...] | None = None
     note_reads: tuple[torch.Tensor, ...] | None = None
     write_loss: torch.Tensor | None = None
+    write_logits: tuple[torch.Tensor, ...] | None = None
 
 
 class MemMambaBlock(GradientCheckpointingLayer):
@@ -96,10 +99,9 @@ class MemMambaBlock(GradientCheckpointingLayer):
         lengths: torch.Tensor | None = None,
         cache_params: Cache | None = None,
         wants_reading: bool = False,
-        wants_cost: bool = False,
     ) -> tuple[torch.Tensor, ...]:
-        """The block's output [B, T, H], the parts of the pools it read, and if asked what its notes cost, and the parts of
-        what its last tokens read.
+        """The block's output [B, T, H], the parts of the pools it read, the logits of its write scores, and if asked the
+        parts of what its last tokens read.
 
         Args:
             below: the parts of the pools of the layers below, one after the other: a checkpointed block passes gradients
@@ -107,9 +109,9 @@ class MemMambaBlock(GradientCheckpointingLayer):
             clock, lengths: where the rows are, and how many of their T positions are tokens.
         """
         pools = [Pool(*below[start : start + 3]) for start in range(0, len(below), 3)]
-        added, pool, cost, reading = self.memory(hidden_states, clock, pools, cache_params, wants_reading, wants_cost)
+        added, pool, logits, reading = self.memory(hidden_states, clock, pools, cache_params, wants_reading)
         hidden_states = self.mix(hidden_states, added, lengths, cache_params)
-        return hidden_states, *pool, *(() if cost is None else (cost,)), *(() if reading is None else reading)
+        return hidden_states, *pool, logits, *(() if reading is None else reading)
 
     def mix(
         self,
@@ -131,11 +133,11 @@ class NotesOfPass:
     """What a pass tells of its notes besides the states.
 
     readings: every layer's `Reading` of the last tokens so far; None if nobody wants them.
-    costs: what each layer's notes cost; empty out of training.
+    write_logits: every layer's logits of write scores [B, T]; empty out of training.
     """
 
     readings: list[Reading] | None
-    costs: list[torch.Tensor]
+    write_logits: list[torch.Tensor]
 
 
 class MemMambaPreTrainedModel(RecurrentPreTrainedModel):
@@ -164,7 +166,7 @@ class MemMambaModel(RecurrentModel, MemMambaPreTrainedModel):
     ) -> torch.Tensor:
         """All blocks and the final norm over [B, T, H]; see `RecurrentBackbone`. `adaptation` is a `NotesOfPass` to fill."""
         clock = self._clock(hidden_states, lengths, cache_params)
-        wants_reading, wants_cost = adaptation.readings is not None, self.training and torch.is_grad_enabled()
+        wants_reading, trains = adaptation.readings is not None, self.training and torch.is_grad_enabled()
         readings: list[Reading] = []
         below: list[Pool] = []
         for layer_idx, block in enumerate(self.layers):
@@ -176,11 +178,10 @@ class MemMambaModel(RecurrentModel, MemMambaPreTrainedModel):
                 lengths=lengths,
                 cache_params=cache_params,
                 wants_reading=wants_reading,
-                wants_cost=wants_cost,
             )
             below = [Pool(*results[:3]), *below][: self.config.cross_layer_group]
-            if wants_cost:
-                adaptation.costs.append(results[3])
+            if trains:
+                adaptation.write_logits.append(results[3])
             if wants_reading:
                 readings.append(Reading(*results[-3:]))
             if block_states is not None:
@@ -254,8 +255,9 @@ class MemMambaModel(RecurrentModel, MemMambaPreTrainedModel):
         )
         if notes.readings is not None:
             output.note_positions, output.note_scores, output.note_reads = map(tuple, zip(*notes.readings, strict=True))
-        if notes.costs:
-            output.write_loss = torch.stack([cost.to(rows.device) for cost in notes.costs]).mean()
+        if notes.write_logits:
+            output.write_loss = _write_loss(notes.write_logits, rows.lengths)
+            output.write_logits = tuple(rows.unpack(logits.unsqueeze(-1)).squeeze(-1) for logits in notes.write_logits)
         return self.finished(output, use_cache, return_dict)
 
 
@@ -359,6 +361,15 @@ class MemMambaForCausalLM(RecurrentForCausalLM, MemMambaPreTrainedModel, Generat
 
     def other_loss(self, output: MemMambaModelOutput) -> torch.Tensor | None:
         return None if output.write_loss is None else self.config.write_cost * output.write_loss
+
+
+def _write_loss(logits: list[torch.Tensor], lengths: list[int]) -> torch.Tensor:
+    """The mean of -log(1 - score) over the rows' own tokens and the layers, from logits [B, T] a layer."""
+    costs = torch.stack([torch.nn.functional.softplus(layer.to(logits[0].device)) for layer in logits])
+    if min(lengths) == costs.shape[2]:
+        return costs.mean()
+    tokens = torch.arange(costs.shape[2], device=costs.device) < torch.tensor(lengths, device=costs.device)[:, None]
+    return (costs * tokens).sum() / (len(logits) * max(sum(lengths), 1))
 
 
 def _latest(earlier: list[Reading], later: list[Reading], lengths: list[int]) -> list[Reading]:

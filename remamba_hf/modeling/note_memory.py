@@ -186,10 +186,9 @@ class NoteMemory(nn.Module):
         below: Sequence[Pool],
         cache_params: Cache | None,
         wants_reading: bool = False,
-        wants_cost: bool = False,
-    ) -> tuple[torch.Tensor, Pool, torch.Tensor | None, Reading | None]:
-        """What is added to the tokens of a pass [B, T, H], the pools they read from [B, n, K, ...], and if asked what their
-        notes cost (the mean of -log(1 - score), a scalar) and what the last of them read.
+    ) -> tuple[torch.Tensor, Pool, torch.Tensor, Reading | None]:
+        """What is added to the tokens of a pass [B, T, H], the pools they read from [B, n, K, ...], the logits of their
+        write scores [B, T], and if asked what the last of them read.
 
         Args:
             clock: where the rows are, and how long their parts of the pass.
@@ -198,7 +197,6 @@ class NoteMemory(nn.Module):
         """
         tokens = self.norm(hidden_states)
         notes, scores, logits = self._notes(tokens)
-        cost = self._cost(logits, clock) if wants_cost else None
         state = self._state(cache_params, len(tokens), notes, scores)
         if hidden_states.shape[1] == 1 and min(clock.lengths) == 1 and not torch.is_grad_enabled():
             added, pools, weights = self._step(tokens, notes, scores, state, below)
@@ -211,7 +209,7 @@ class NoteMemory(nn.Module):
             state = StepState(pool, opened, torch.tensor(clock.after, device=tokens.device))
             added, weights = self._read(tokens, grid, pools, below, clock)
         self.keep(cache_params, state)
-        return added, pools, cost, self._last_reading(pools, weights, clock) if wants_reading else None
+        return added, pools, logits, self._last_reading(pools, weights, clock) if wants_reading else None
 
     def step(self, hidden_states: torch.Tensor, state: StepState, below: Sequence[Pool]) -> tuple[torch.Tensor, Pool]:
         """What is added to one token of every row [B, 1, H], and the pools that it read [B, 1, K, ...]; its note joins the
@@ -285,14 +283,6 @@ class NoteMemory(nn.Module):
         """Shapes of the cached states without the batch: of the open chunk, and of the pool with the tokens read."""
         config = self.config
         return (config.note_size + 1, config.chunk_size), (config.pool_size + 1, config.note_size + 3)
-
-    def _cost(self, logits: torch.Tensor, clock: Clock) -> torch.Tensor:
-        costs = nn.functional.softplus(logits)
-        if min(clock.lengths) == logits.shape[1]:
-            return costs.mean()
-        lengths = torch.tensor(clock.lengths, device=logits.device)[:, None]
-        pads = torch.arange(logits.shape[1], device=logits.device) >= lengths
-        return costs.masked_fill(pads, 0).sum() / max(sum(clock.lengths), 1)
 
     def _written(self, notes: torch.Tensor) -> torch.Tensor:
         """Projected notes [B, n, C, F] -> as they are committed."""

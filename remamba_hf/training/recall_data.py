@@ -124,11 +124,13 @@ class RecallText:
         text_ids: `int64[T]`.
         asked: the facts that are asked.
         other_numbers: the numbers of the people who are not asked for.
+        other_digits: where these stand, as `AskedFact.digits` says it; not known of documents.
     """
 
     text_ids: np.ndarray
     asked: tuple[AskedFact, ...]
     other_numbers: tuple[str, ...]
+    other_digits: tuple[tuple[int, int], ...] = ()
 
     def prompt_ids(self, fact: int = 0) -> np.ndarray:
         """The text with the question for the fact of that number, `int64[T + Q]`."""
@@ -263,7 +265,9 @@ class RecallSampler:
         asked = tuple(
             self._asked(facts[key], questions[key], starts[key], places[key] / max(len(text), 1)) for key in range(keys)
         )
-        return RecallText(planted, asked, tuple(fact.number for fact in facts[keys:]))
+        ends = [start + fact.digits_end for start, fact in zip(starts[keys:], facts[keys:], strict=True)]
+        others = tuple((end - self.digits, end) for end in ends)
+        return RecallText(planted, asked, tuple(fact.number for fact in facts[keys:]), others)
 
     def documents(
         self,
@@ -472,8 +476,8 @@ class RecallDataset(Dataset):
 
         `input_ids` and `labels` `int64[B, L]` (labels are -100 but on answers), `evidence` and `digits` `int64[B, 2]`
         (first position and the one after the last, of the first question), `prompt_length` (int, P of every row; with
-        several questions that of the longest first one), `questions` (int), `compression_span` and `compression_ratio`
-        (floats), `compress_prompt` (bool) and `level` (int).
+        several questions that of the longest first one), `questions` (int), `numbers` `bool[B, L]` (the digits of all
+        planted facts), `compression_span` and `compression_ratio` (floats), `compress_prompt` (bool) and `level` (int).
         """
         number = self.level
         level = self.levels[number]
@@ -489,7 +493,10 @@ class RecallDataset(Dataset):
         lengths = [len(text.text_ids) + sum(map(len, text.dialogue())) for text in texts]
         ids = np.full((rows, -(-max(lengths) // 8) * 8), self.sampler.padding, dtype=np.int64)
         labels = np.full_like(ids, -100)
+        numbers = np.zeros_like(ids, dtype=bool)
         for row, text in enumerate(texts):
+            for first, end in (*(fact.digits for fact in text.asked), *text.other_digits):
+                numbers[row, first:end] = True
             ids[row, : lengths[row]] = np.concatenate([text.text_ids, *text.dialogue()])
             end = len(text.text_ids)
             for fact in text.asked:
@@ -502,6 +509,7 @@ class RecallDataset(Dataset):
             "labels": torch.from_numpy(labels),
             "prompt_length": length,
             "questions": level.questions,
+            "numbers": torch.from_numpy(numbers),
             "evidence": torch.tensor([text.asked[0].evidence for text in texts]),
             "digits": torch.tensor([text.asked[0].digits for text in texts]),
             "compression_span": span,

@@ -24,7 +24,8 @@ class LossWeights:
         answer: cross-entropy of the answer's tokens.
         language: cross-entropy of the prompt's tokens, which keeps the model a language model.
         value: relative squared distance of `value(h_t)` to the input embedding of token t.
-        evidence: scores of the evidence against those of the rest of the window.
+        evidence: scores of the evidence against those of the rest of the window; of a model that takes notes, the write
+            scores of the numbers against those of all else (`note_loss`).
     """
 
     answer: float = 1.0
@@ -57,6 +58,20 @@ def value_loss(value: nn.Module, states: Tensor, embeddings: Tensor) -> Tensor:
     """
     target = embeddings.detach().float()
     return (value(states).float() - target).square().mean() / target.square().mean()
+
+
+def note_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Draws the write score of every token that a note is wanted of above all others' of the batch together; a scalar.
+
+    In a long text the few best notes stay, so it is the highest score of very many others that decides.
+
+    Args:
+        logits: of write scores `[B, L]`.
+        wanted: `bool[B, L]`.
+    """
+    logits = logits.float()
+    others = logits.masked_fill(wanted, -math.inf).flatten().logsumexp(0)
+    return (F.softplus(others - logits) * wanted).sum() / wanted.sum().clamp_min(1)
 
 
 def evidence_loss(scores: Tensor, evidence: Tensor, sharpness: float = 20.0) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..modeling.selective_compression import Setting, window_of
 from .book_tokens import write_json
 from .recall_data import RecallDataset
-from .recall_losses import LossWeights, evidence_loss, token_losses, value_loss
+from .recall_losses import LossWeights, evidence_loss, note_loss, token_losses, value_loss
 from .two_stage_trainer import TwoStageTrainer, each_answer_matches
 
 
@@ -220,6 +220,10 @@ class RecallTrainer(TwoStageTrainer):
         }
         if self.two_stage and inputs["level"] >= self.compressor_from_level:
             terms |= self._compressor_losses(model, inputs, outputs.hidden_states[-1][:, :prompt])
+        if (logits := getattr(outputs, "write_logits", None)) is not None:
+            # Lower layers know too little of what a token is part of, and may note what else is of use.
+            upper = logits[len(logits) // 2 :]
+            terms["evidence"] = torch.stack([note_loss(layer, inputs["numbers"]) for layer in upper]).mean()
         for name, term in terms.items():
             self.record(f"{name}_loss", term)
         self._record_answers(inputs, outputs, compress)
