@@ -89,14 +89,25 @@ class FusedStep(CacheStep):
             rates.copy_(block.mixer.decay_rates())
 
     def run(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
-        backbone = model.backbone
-        hidden_states = backbone.embeddings(tokens[:, 0])
+        hidden_states = model.backbone.embeddings(tokens[:, 0])
         with dependent_launches():
-            for block, layer, rates in zip(backbone.layers, self.cache.layers, self.rates, strict=True):
-                states = layer.conv_states[0], layer.recurrent_states[0]
-                hidden_states = block.mixer.fused_step(hidden_states, block.norm, *states, rates, block.residual_in_fp32)
-            norm, head = backbone.norm_f, model.lm_head
-            return norm_linear(hidden_states, head.weight, head.bias, norm.weight, norm.eps).float()
+            for layer_idx, block in enumerate(model.backbone.layers):
+                hidden_states = self.mix(block, layer_idx, hidden_states)
+            return self.head(model, hidden_states)
+
+    def mix(self, block: Any, layer_idx: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """A layer's norm, mixer and residual sum: [B, H] -> [B, H]."""
+        layer = self.cache.layers[layer_idx]
+        states = layer.conv_states[0], layer.recurrent_states[0]
+        step: torch.Tensor = block.mixer.fused_step(
+            hidden_states, block.norm, *states, self.rates[layer_idx], block.residual_in_fp32
+        )
+        return step
+
+    def head(self, model: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The logits of [B, H], float32."""
+        norm, head = model.backbone.norm_f, model.lm_head
+        return norm_linear(hidden_states, head.weight, head.bias, norm.weight, norm.eps).float()
 
 
 class GraphedStep:

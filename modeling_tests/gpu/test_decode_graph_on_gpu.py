@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modeling_tests.gpu.measured_errors import note
-from remamba_hf.families import FAMILIES
+from remamba_hf.families import ALL_FAMILIES
 from remamba_hf.modeling import decode_graph
 from remamba_hf.modeling.decode_graph import graphs_of, release_graphs
 
@@ -17,13 +17,14 @@ pytestmark = pytest.mark.gpu
 SETTINGS: dict[str, dict[str, Any]] = {
     "remamba": {"state_size": 16},
     "remamba2": {"state_size": 64, "num_heads": 8, "head_dim": 32, "n_groups": 2},
+    "memmamba": {"state_size": 16, "pool_size": 10, "chunk_size": 8, "cross_layer_period": 2},
 }
 
 
 def small_model(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     torch.manual_seed(0)
     shape = {"vocab_size": 500, "hidden_size": 128, "num_hidden_layers": 3, "eos_token_id": None, **settings}
-    model = FAMILIES[family].model_class(FAMILIES[family].config_class(**shape, **SETTINGS[family])).eval().cuda()
+    model = ALL_FAMILIES[family].model_class(ALL_FAMILIES[family].config_class(**shape, **SETTINGS[family])).eval().cuda()
     for name, parameter in model.named_parameters():
         if not any(f".{kept}." in f".{name}." for kept in model._keep_in_fp32_modules_strict):
             parameter.data = parameter.data.to(dtype)

@@ -22,8 +22,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_memmamba import MemMambaConfig
-from .decode_graph import CacheStep
+from .decode_graph import CacheStep, FusedStep
+from .decode_kernels import dependent_launches
 from .mamba_mixer import MambaMixer
+from .note_kernels import can_step, note_step, readable_notes, readers_and_pools, renew_notes, renew_weights, step_weights
 from .note_memory import NoteMemory, Reading, StepState, tokens_read
 from .note_pool import Clock, Pool
 from .precision import at_least_float32
@@ -303,6 +305,46 @@ class NotesStep(CacheStep):
             block.memory.commit_step(memory)
 
 
+class FusedNotesStep(NotesStep, FusedStep):
+    """`NotesStep` in kernels that read the weights themselves, the memories' in note_kernels.py.
+
+    Keys and values of the notes that can be read are projected where a chunk ends, not in every step.
+    """
+
+    step = staticmethod(note_step)
+
+    def __init__(self, model: Any, cache: Cache):
+        super().__init__(model, cache)
+        layers = model.backbone.layers
+        self.weights = [step_weights(block.memory) for block in layers]
+        self.notes = [[readable_notes(*pair) for pair in readers_and_pools(block.memory, self.memories)] for block in layers]
+
+    def begin(self, model: Any, cache: Cache) -> None:
+        super().begin(model, cache)
+        for block, weights in zip(model.backbone.layers, self.weights, strict=True):
+            renew_weights(weights, block.memory)
+        self.renew(model)
+
+    def upkeep(self, model: Any) -> None:
+        super().upkeep(model)
+        self.renew(model)
+
+    def renew(self, model: Any) -> None:
+        """Project the notes that can be read now."""
+        for block, notes in zip(model.backbone.layers, self.notes, strict=True):
+            for mine, pair in zip(notes, readers_and_pools(block.memory, self.memories), strict=True):
+                renew_notes(mine, *pair)
+
+    def run(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        hidden_states = model.backbone.embeddings(tokens[:, 0])
+        with dependent_launches():
+            for layer_idx, block in enumerate(model.backbone.layers):
+                memory, notes = self.memories[layer_idx], self.notes[layer_idx]
+                hidden_states = self.step(hidden_states, self.weights[layer_idx], notes, memory.opened, memory.read)
+                hidden_states = self.mix(block, layer_idx, hidden_states)
+            return self.head(model, hidden_states)
+
+
 def _parts(memory: StepState) -> tuple[torch.Tensor, ...]:
     return *memory.pool, *memory.opened, memory.read
 
@@ -357,7 +399,9 @@ class MemMambaForCausalLM(RecurrentForCausalLM, MemMambaPreTrainedModel, Generat
         return self.run(inputs, labels, logits_to_keep, prompt_copies, return_dict, kwargs)
 
     def step_to_capture(self, cache: Cache, fused: bool) -> CacheStep:
-        return NotesStep(self, cache)
+        blocks: Any = self.backbone.layers
+        fused = fused and all(can_step(block.memory) for block in blocks)
+        return FusedNotesStep(self, cache) if fused else NotesStep(self, cache)
 
     def other_loss(self, output: MemMambaModelOutput) -> torch.Tensor | None:
         return None if output.write_loss is None else self.config.write_cost * output.write_loss
