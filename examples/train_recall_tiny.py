@@ -2,7 +2,8 @@
 """Trains a small model that reads books and recalls a number planted far back, from scratch, with `transformers.Trainer`.
 
     python examples/train_recall_tiny.py --books BOOKS --output OUTPUT --max-minutes 7      # ReMamba, on one GPU
-    python examples/train_recall_tiny.py --books BOOKS --output OUTPUT --family remamba2    # ReMamba-2; or memmamba
+    python examples/train_recall_tiny.py --books BOOKS --output OUTPUT --family remamba2    # ReMamba-2
+    python examples/train_recall_tiny.py --books BOOKS --output OUTPUT --family memmamba --max-steps 2000
     python examples/train_recall_tiny.py --books BOOKS --output OUTPUT --plain         # its plain Mamba, the same batches
     python examples/train_recall_tiny.py --books BOOKS --output OUTPUT --smoke         # CPU, a few minutes, much smaller
 

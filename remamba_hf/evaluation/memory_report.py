@@ -162,12 +162,15 @@ def _plot_depths(results: dict[str, Any], name: str, cells: dict[int, dict[str, 
 
 
 def _plot_perplexity(results: dict[str, Any], path: Path) -> None:
+    from matplotlib.ticker import LogFormatter  # only plots need matplotlib
+
     figure, axes = new_axes()
     for name, cells in _by_model(results, "perplexity"):
         points = [(length, cell["perplexity"]) for length, cell in sorted(cells.items()) if cell["perplexity"] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=_label(results, name))
     axes.set(yscale="log", xlabel="context, tokens", ylabel="perplexity")
+    axes.yaxis.set_minor_formatter(LogFormatter())  # the default writes 6.1 x 10^1 where perplexities are close
     set_length_ticks(axes, _columns(results, "perplexity"))
     axes.legend()
     save_figure(figure, path)

@@ -105,6 +105,7 @@ def set_length_ticks(axes: Any, lengths: Sequence[int], labels: Sequence[str] | 
     """A logarithmic axis of lengths, each of which is labelled."""
     axes.set(xscale="log")
     axes.set_xticks(lengths, labels or [short_length(length) for length in lengths])
+    axes.tick_params(axis="x", which="major", labelsize="small")
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.grid(alpha=0.3)
 

@@ -1,0 +1,1162 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""One decoding step, a token a row, in few kernels that read every weight once. Used without gradients, inside CUDA graphs.
+
+    Mamba      norm_linear | convolution_and_projection | selective_step | norm_linear
+    Mamba-2    norm_linear | convolution_step           | dual_step      | norm_linear
+
+Each function runs its Triton kernel where Triton can (CUDA tensors in float32, bfloat16 or float16), and otherwise the torch
+reference beside it, `<name>_naive`, which says what is computed. Sums are taken in float32 and in a fixed order.
+
+States are updated in place. `active` [B] (bool or int8; None: all) names the rows that take part: the states of the others
+stay as they are, bit for bit, and what is returned for them means nothing, but is finite. `out` is where a result is
+written (None: a new tensor); it may have any strides whose last is 1.
+
+Shapes: `B` rows, `H` hidden size, `E` inner size, `W` width of the convolution, `N` state size, `R` rank of the step size,
+`nh` heads of `P` channels, `G` groups of heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .precision import at_least_float32
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    gdc_launch_dependents = gdc_wait = None
+
+
+def jit(function: Any) -> Any:
+    """Triton's decorator; without Triton the functions below are never called."""
+    return function if triton is None else triton.jit(function)
+
+
+# What the choice of block sizes counts with, those of an H100. Other cards have other numbers, which costs time at most.
+_PROCESSORS = 132
+_SHARED_MEMORY = 220 * 1024  # bytes a multiprocessor has for tiles that are on their way
+
+_dependent = False
+
+
+@contextlib.contextmanager
+def dependent_launches(enabled: bool = True) -> Iterator[None]:
+    """Launch the kernels inside so that each starts, and fetches its first weights, while the one before it runs out
+    (programmatic dependent launch; Hopper and later, Triton 3.4 and later, elsewhere ignored).
+
+    Weights and the layer's states must not be written by the kernel that runs just before; in a decoding step none is.
+    """
+    global _dependent
+    capable = torch.cuda.is_available() and torch.version.cuda is not None and torch.cuda.get_device_capability() >= (9, 0)
+    previous, _dependent = _dependent, enabled and gdc_wait is not None and capable
+    try:
+        yield
+    finally:
+        _dependent = previous
+
+
+def kernels_can_run(device: torch.device) -> bool:
+    """Whether the kernels run on tensors of a device: CUDA from compute capability 8.0 on, with Triton installed, or any
+    device in Triton's interpreter."""
+    if triton is None or _INTERPRETED:
+        return triton is not None
+    return device.type == "cuda" and (torch.version.cuda is None or torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+# Norm and linear layer
+
+
+class LinearPlan(NamedTuple):
+    """How `norm_linear` is cut into programs.
+
+    Attributes:
+        rows: of x in a program; 1: products are multiplied and summed, more: tensor cores, which want 16 at least.
+        outputs: output channels of a program, which streams their rows of the weight.
+        inputs: input channels of a tile of the weight.
+        stages: tiles that are on their way at a time, the one in use included.
+        warps: of 32 threads a program.
+        fused_norm: every program normalises its rows itself; otherwise a kernel of its own does so first.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    stages: int
+    warps: int = 4
+    fused_norm: bool = True
+
+
+def linear_plan(rows: int, outputs: int, inputs: int, item_size: int = 2) -> LinearPlan:
+    """The cut for x [rows, inputs] and a weight [outputs, inputs] of `item_size` bytes an element.
+
+    Reading at the memory's speed takes about 40 KB on their way in every multiprocessor, in programs that all run at once
+    or in many waves. So: as many outputs a program as leave every multiprocessor one; tiles of about 8 KB, wider where a
+    multiprocessor has few programs; as many stages as shared memory holds for the programs that share it, one being left
+    for the first tile. Every program reads all of x from the L2 cache, which may cost at most about twice its share of the
+    weight: hence no fewer outputs than half of its rows. A norm inside reads x twice more, in float32, before the first
+    product: worth the launch it saves up to one row in eight outputs.
+    """
+    if rows == 1:
+        block_rows, block_outputs, fewest, together = 1, 16, 4, 5
+    else:
+        block_rows = min(max(_power_of_two(rows), 16), 64)
+        block_outputs, fewest, together = 128, max(16, block_rows // 2), 2
+    while block_outputs > fewest and _blocks(outputs, block_outputs) < _PROCESSORS:
+        block_outputs //= 2
+    resident = min(_blocks(_blocks(outputs, block_outputs), _PROCESSORS), together)
+    widest = 512 if rows == 1 and resident <= 2 else 256
+    fitting = 24 * 1024 // (item_size * (block_outputs + block_rows))
+    block_inputs = min(_power_of_two(fitting + 1) // 2, widest * 2 // item_size, max(_power_of_two(inputs), 16))
+    if item_size > 2 and rows > 1:  # products in float32 take registers instead of tensor cores
+        block_outputs, block_inputs = min(block_outputs, 32), min(block_inputs, 32)
+    stage = (block_outputs + block_rows) * block_inputs * item_size
+    stages = min(max(_SHARED_MEMORY // (resident * stage) - 1, 2), 8 if block_rows == 64 else 5)
+    return LinearPlan(block_rows, block_outputs, block_inputs, stages, fused_norm=8 * min(rows, block_rows) <= block_outputs)
+
+
+def norm_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    gate: torch.Tensor | None = None,
+    groups: int = 1,
+    residual: torch.Tensor | None = None,
+    residual_in_fp32: bool = False,
+    out: torch.Tensor | None = None,
+    plan: LinearPlan | None = None,
+) -> torch.Tensor:
+    """residual + weight @ norm(x * silu(gate)) + bias, every part but the product optional.
+
+    Rounded where `RMSNorm`, `GatedGroupNorm`, nn.Linear and a block's residual sum round: the normalised x to the norm
+    weight's dtype, before and after that weight; the product to the weight's.
+
+    Args:
+        x: [B, K], any row stride.
+        weight: [O, K], contiguous.
+        bias: [O].
+        norm_weight: [K]; None: no norm.
+        gate: [B, K], any row stride, before its silu.
+        groups: equal parts of the K channels, each normalised on its own.
+        residual: [B, O]; may be `out`.
+        residual_in_fp32: the sum with the residual is in float32, whatever their dtypes.
+        plan: how to cut the work; None: `linear_plan`'s.
+
+    Returns:
+        [B, O] in the weight's dtype, or what its sum with the residual has.
+    """
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
+    _check_shape("weight", weight, (outputs, inputs))
+    _check_shape("bias", bias, (outputs,))
+    _check_shape("norm_weight", norm_weight, (inputs,))
+    _check_shape("gate", gate, (rows, inputs))
+    _check_shape("residual", residual, (rows, outputs))
+    _check_shape("out", out, (rows, outputs))
+    if inputs % groups:
+        raise ValueError(f"{inputs} channels cannot be normalised in {groups} equal groups.")
+    if not _kernel_takes(x, weight, bias, norm_weight, gate, residual, out) or not weight.is_contiguous():
+        return norm_linear_naive(x, weight, bias, norm_weight, eps, gate, groups, residual, residual_in_fp32, out)
+    if plan is None:
+        plan = linear_plan(rows, outputs, inputs, weight.element_size())
+    if out is None:
+        dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
+        widest = torch.float32 if residual is not None and residual_in_fp32 else dtype
+        out = x.new_empty(rows, outputs, dtype=torch.promote_types(dtype, widest))
+    if (norm_weight is not None or gate is not None) and not plan.fused_norm:
+        x, gate, norm_weight = _normalised(x, gate, norm_weight, weight.dtype, groups, eps), None, None
+    whole_group = min(_power_of_two(inputs // groups), 4096)
+    _launch(
+        _norm_linear_kernel,
+        (_blocks(outputs, plan.outputs), _blocks(rows, plan.rows)),
+        plan.warps,
+        *(x, gate, norm_weight, weight, bias, residual, out),
+        *(rows, x.stride(0), _row_stride(gate), _row_stride(residual), out.stride(0), eps),
+        INPUTS=inputs,
+        OUTPUTS=outputs,
+        GROUPS=1 if norm_weight is None else groups,
+        BLOCK_ROWS=plan.rows,
+        BLOCK_OUT=plan.outputs,
+        BLOCK_IN=plan.inputs,
+        BLOCK_NORM=whole_group if plan.rows == 1 else plan.inputs,
+        STAGES=plan.stages,
+        ROWS_FIRST=plan.rows >= 64,
+        INTERPRETED=_INTERPRETED,
+    )
+    return out
+
+
+def norm_linear_naive(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    gate: torch.Tensor | None = None,
+    groups: int = 1,
+    residual: torch.Tensor | None = None,
+    residual_in_fp32: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reference of `norm_linear`: the modules it stands for, one after the other."""
+    if gate is not None:
+        x = at_least_float32(x) * F.silu(at_least_float32(gate))
+    if norm_weight is not None:
+        parts = at_least_float32(x).unflatten(-1, (groups, -1))
+        parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + eps)
+        x = norm_weight * parts.flatten(-2).to(norm_weight.dtype)
+    y = F.linear(x.to(weight.dtype), weight, bias)
+    if residual is not None:
+        y = (at_least_float32(residual) if residual_in_fp32 else residual) + y
+    return y if out is None else out.copy_(y)
+
+
+def _normalised(
+    x: torch.Tensor, gate: torch.Tensor | None, norm_weight: torch.Tensor | None, dtype: torch.dtype, groups: int, eps: float
+) -> torch.Tensor:
+    rows, inputs = x.shape
+    out = x.new_empty(rows, inputs, dtype=dtype)
+    block = min(_power_of_two(inputs // groups), 4096)
+    _launch(
+        _norm_kernel,
+        (rows, groups),
+        min(max(block // 512, 1), 8),
+        *(x, gate, norm_weight, out, rows, x.stride(0), _row_stride(gate), eps),
+        INPUTS=inputs,
+        GROUPS=groups,
+        BLOCK=block,
+    )
+    return out
+
+
+@jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@jit
+def _gated(x, gate, row, column, here, x_stride, gate_stride):
+    """x * silu(gate) [rows, columns] in float32; 0 where it is not `here`."""
+    row = row.to(tl.int64)[:, None]
+    value = tl.load(x + row * x_stride + column[None, :], mask=here, other=0.0).to(tl.float32)
+    if gate is not None:
+        value *= _silu(tl.load(gate + row * gate_stride + column[None, :], mask=here, other=0.0).to(tl.float32))
+    return value
+
+
+@jit
+def _inverse_rms(
+    x, gate, row, rows, first, x_stride, gate_stride, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
+    """1 / root mean square of each row's channels first ... first + SIZE."""
+    squares = tl.zeros([row.shape[0], BLOCK], tl.float32)
+    for start in tl.range(0, SIZE, BLOCK, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK)
+        here = (row < rows)[:, None] & (column < SIZE)[None, :]
+        value = _gated(x, gate, row, first + column, here, x_stride, gate_stride)
+        squares += value * value
+    return tl.rsqrt(tl.sum(squares, 1) / SIZE + eps)
+
+
+@jit
+def _normed(x, gate, norm_weight, row, rows, column, end, scale, x_stride, gate_stride):
+    """The normalised x [rows, columns], in x's dtype if there is nothing to do."""
+    here = (row < rows)[:, None] & (column < end)[None, :]
+    if norm_weight is not None:
+        value = _gated(x, gate, row, column, here, x_stride, gate_stride) * scale[:, None]
+        weight = tl.load(norm_weight + column, mask=column < end, other=0.0)
+        rounded = value.to(weight.dtype).to(tl.float32)
+        result = (weight.to(tl.float32)[None, :] * rounded).to(weight.dtype)
+    elif gate is not None:
+        result = _gated(x, gate, row, column, here, x_stride, gate_stride)
+    else:
+        result = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=here, other=0.0)
+    return result
+
+
+@jit
+def _norm_kernel(
+    x,
+    gate,
+    norm_weight,
+    out,
+    rows,
+    x_stride,
+    gate_stride,
+    eps,
+    INPUTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    SIZE: tl.constexpr = INPUTS // GROUPS
+    row = tl.program_id(0) + tl.arange(0, 1)
+    first = tl.program_id(1) * SIZE
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    scale = _inverse_rms(x, gate, row, rows, first, x_stride, gate_stride, eps, SIZE, BLOCK, 1)
+    for start in range(0, SIZE, BLOCK):
+        column = first + start + tl.arange(0, BLOCK)
+        value = _normed(x, gate, norm_weight, row, rows, column, first + SIZE, scale, x_stride, gate_stride)
+        place = out + row.to(tl.int64)[:, None] * INPUTS + column[None, :]
+        tl.store(place, value.to(out.dtype.element_ty), mask=(column < first + SIZE)[None, :])
+
+
+@jit
+def _product(tile, x, total, DOT: tl.constexpr, ROWS_FIRST: tl.constexpr, INTERPRETED: tl.constexpr):
+    """total + the products of a tile of the weight [outputs, inputs] with x [rows, inputs]."""
+    x = x.to(tile.dtype)
+    if INTERPRETED:  # Triton's interpreter multiplies the bits of bfloat16
+        x = x.to(tl.float32)
+        tile = tile.to(tl.float32)
+    if not DOT:
+        total += tile.to(tl.float32) * x.to(tl.float32)
+    elif ROWS_FIRST:
+        total = tl.dot(x, tl.trans(tile), total, input_precision="ieee")
+    else:
+        total = tl.dot(tile, tl.trans(x), total, input_precision="ieee")
+    return total
+
+
+@jit
+def _weight_tile(weight, output, column, end, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr):
+    """[outputs, inputs]; read once, so that it should not push anything out of the L2 cache."""
+    output = tl.minimum(output, OUTPUTS - 1).to(tl.int64)
+    place = weight + output[:, None] * INPUTS + column[None, :]
+    return tl.load(place, mask=(column < end)[None, :], other=0.0, eviction_policy="evict_first")
+
+
+@jit
+def _norm_linear_kernel(
+    x,
+    gate,
+    norm_weight,
+    weight,
+    bias,
+    residual,
+    out,
+    rows,
+    x_stride,
+    gate_stride,
+    residual_stride,
+    out_stride,
+    eps,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_NORM: tl.constexpr,
+    STAGES: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    SIZE: tl.constexpr = INPUTS // GROUPS
+    DOT: tl.constexpr = BLOCK_ROWS > 1
+    output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    if not DOT:
+        total = tl.zeros([BLOCK_OUT, BLOCK_IN], tl.float32)
+    elif ROWS_FIRST:
+        total = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
+    else:
+        total = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+
+    for group in range(GROUPS):
+        first = group * SIZE
+        end = first + SIZE
+        column = first + tl.arange(0, BLOCK_IN)
+        # On its way while the kernel before runs out and while the norm is computed.
+        tile = _weight_tile(weight, output, column, end, INPUTS, OUTPUTS)
+        if DEPENDENT:
+            gdc_wait()
+            gdc_launch_dependents()
+        scale = None
+        if norm_weight is not None:
+            scale = _inverse_rms(x, gate, row, rows, first, x_stride, gate_stride, eps, SIZE, BLOCK_NORM, STAGES)
+        part = _normed(x, gate, norm_weight, row, rows, column, end, scale, x_stride, gate_stride)
+        total = _product(tile, part, total, DOT, ROWS_FIRST, INTERPRETED)
+        for start in tl.range(BLOCK_IN, SIZE, BLOCK_IN, num_stages=STAGES):
+            column = first + start + tl.arange(0, BLOCK_IN)
+            tile = _weight_tile(weight, output, column, end, INPUTS, OUTPUTS)
+            part = _normed(x, gate, norm_weight, row, rows, column, end, scale, x_stride, gate_stride)
+            total = _product(tile, part, total, DOT, ROWS_FIRST, INTERPRETED)
+
+    if not DOT:
+        y = tl.sum(total, 1)[None, :]
+    elif ROWS_FIRST:
+        y = total
+    else:
+        y = tl.trans(total)
+    if bias is not None:
+        y += tl.load(bias + output, mask=output < OUTPUTS, other=0.0).to(tl.float32)[None, :]
+    y = y.to(weight.dtype.element_ty).to(tl.float32)
+    here = (row < rows)[:, None] & (output < OUTPUTS)[None, :]
+    row = row.to(tl.int64)[:, None]
+    if residual is not None:
+        y += tl.load(residual + row * residual_stride + output[None, :], mask=here, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # threads may share an element, and `out` may be `residual`
+    tl.store(out + row * out_stride + output[None, :], y.to(out.dtype.element_ty), mask=here)
+
+
+# Convolution
+
+
+class ChannelPlan(NamedTuple):
+    """How a kernel that goes over channels is cut into programs: rows and channels of one, and its warps of 32 threads."""
+
+    rows: int
+    channels: int
+    warps: int
+
+
+def convolution_step(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    state: torch.Tensor,
+    active: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """silu(conv(x) + bias) of one token; see `causal_conv1d_step`, from which it differs in rounding once, at the end.
+
+    Args:
+        x: [B, E], any row stride.
+        weight: [E, W], contiguous.
+        bias: [E], or None.
+        state: [B, E, W], contiguous, the last W inputs, oldest first; shifted in place.
+
+    Returns:
+        [B, E] in x's dtype.
+    """
+    rows, channels, width = state.shape
+    _check_convolution(x, weight, bias, state, active, out)
+    if not _kernel_takes(x, weight, bias, state, active, out) or not (weight.is_contiguous() and state.is_contiguous()):
+        return convolution_step_naive(x, weight, bias, state, active, out)
+    if out is None:
+        out = x.new_empty(rows, channels)
+    block = 128
+    _launch(
+        _convolution_kernel,
+        (_blocks(channels, block), rows),
+        4,
+        *(x, weight, bias, state, _as_bytes(active), out, rows, x.stride(0), out.stride(0)),
+        CHANNELS=channels,
+        WIDTH=width,
+        TAPS=_power_of_two(width),
+        BLOCK=block,
+    )
+    return out
+
+
+def convolution_step_naive(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    state: torch.Tensor,
+    active: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reference of `convolution_step`."""
+    window = torch.cat([state[..., 1:], x.unsqueeze(-1).to(state.dtype)], dim=-1)
+    y = (at_least_float32(window.to(x.dtype)) * weight.to(x.dtype)).sum(-1)
+    y = F.silu(y if bias is None else y + bias.to(x.dtype)).to(x.dtype)
+    _write_state(state, window, active)
+    return y if out is None else out.copy_(y)
+
+
+def projection_plan(rows: int, channels: int, outputs: int, item_size: int = 2) -> ChannelPlan:
+    """The cut of `convolution_and_projection`; the partial sums have cdiv(channels, plan.channels) parts.
+
+    A program holds all of its weights in registers, at most 64 KB, so that they come while the convolution is computed.
+    Fewer channels a program spread the weights over more multiprocessors, but make more partial sums for the next kernel:
+    about 40 parts if the channels allow it.
+    """
+    block = min(max(64 * 1024 // (item_size * max(_power_of_two(outputs), 16)), 16), 128)
+    while block > 32 and _blocks(channels, block) < 40:
+        block //= 2
+    if rows == 1:
+        return ChannelPlan(1, block, 16 if block * _power_of_two(outputs) > 8192 else 8)
+    return ChannelPlan(16, block if item_size == 2 else min(block, 32), 8)
+
+
+def convolution_and_projection(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    state: torch.Tensor,
+    projection: torch.Tensor,
+    active: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    plan: ChannelPlan | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`convolution_step`, and the projection of its result, left as partial sums over blocks of channels.
+
+    Args:
+        x, weight, bias, state: as for `convolution_step`.
+        projection: [J, E], contiguous: the weight of x_proj, J = R + 2 N.
+        plan: how to cut the work; None: `projection_plan`'s.
+
+    Returns:
+        The convolved x [B, E] in its dtype, and [parts, B, J] in float32, whose sum over the parts is the projection.
+    """
+    rows, channels, width = state.shape
+    outputs = projection.shape[0]
+    _check_convolution(x, weight, bias, state, active, out)
+    _check_shape("projection", projection, (outputs, channels))
+    contiguous = weight.is_contiguous() and state.is_contiguous() and projection.is_contiguous()
+    if not _kernel_takes(x, weight, bias, state, projection, active, out) or not contiguous:
+        return convolution_and_projection_naive(x, weight, bias, state, projection, active, out)
+    if plan is None:
+        plan = projection_plan(rows, channels, outputs, projection.element_size())
+    if out is None:
+        out = x.new_empty(rows, channels)
+    parts = _blocks(channels, plan.channels)
+    partials = x.new_empty(parts, rows, outputs, dtype=torch.float32)
+    _launch(
+        _convolution_and_projection_kernel,
+        (parts, _blocks(rows, plan.rows)),
+        plan.warps,
+        *(x, weight, bias, state, projection, _as_bytes(active), out, partials, rows, x.stride(0), out.stride(0)),
+        CHANNELS=channels,
+        WIDTH=width,
+        OUTPUTS=outputs,
+        TAPS=_power_of_two(width),
+        BLOCK_ROWS=plan.rows,
+        BLOCK=plan.channels,
+        BLOCK_OUT=max(_power_of_two(outputs), 16),
+        INTERPRETED=_INTERPRETED,
+    )
+    return out, partials
+
+
+def convolution_and_projection_naive(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    state: torch.Tensor,
+    projection: torch.Tensor,
+    active: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reference of `convolution_and_projection`, with a single part."""
+    out = convolution_step_naive(x, weight, bias, state, active, out)
+    return out, F.linear(at_least_float32(out), at_least_float32(projection)).unsqueeze(0)
+
+
+@jit
+def _taking_part(active, row, rows):
+    """Which rows' states may be written."""
+    result = row < rows
+    if active is not None:
+        result = tl.load(active + row, mask=result, other=0) != 0
+    return result
+
+
+@jit
+def _convolved(
+    x,
+    weight,
+    bias,
+    state,
+    active,
+    row,
+    rows,
+    channel,
+    x_stride,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """silu(conv(x) + bias) [rows, channels] in x's dtype; x moves into the state."""
+    dtype = x.dtype.element_ty
+    here = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
+    tap = tl.arange(0, TAPS)[None, None, :]
+    place = state + (row.to(tl.int64)[:, None] * CHANNELS + channel[None, :])[:, :, None] * WIDTH + tap
+    past = tl.load(place + 1, mask=here[:, :, None] & (tap < WIDTH - 1), other=0.0)
+    newest = tl.load(x + row.to(tl.int64)[:, None] * x_stride + channel[None, :], mask=here, other=0.0)
+    window = tl.where(tap == WIDTH - 1, newest.to(past.dtype)[:, :, None], past)
+    known = (channel < CHANNELS)[None, :, None] & (tap < WIDTH)
+    factor = tl.load(weight + channel[None, :, None] * WIDTH + tap, mask=known, other=0.0)
+    y = tl.sum(window.to(dtype).to(tl.float32) * factor.to(dtype).to(tl.float32), 2)
+    if bias is not None:
+        y += tl.load(bias + channel, mask=channel < CHANNELS, other=0.0).to(dtype).to(tl.float32)[None, :]
+    written = here & _taking_part(active, row, rows)[:, None]
+    tl.debug_barrier()  # no thread may write what another has yet to read
+    tl.store(place, window, mask=written[:, :, None] & (tap < WIDTH))
+    return _silu(y).to(dtype)
+
+
+@jit
+def _convolution_kernel(
+    x,
+    weight,
+    bias,
+    state,
+    active,
+    out,
+    rows,
+    x_stride,
+    out_stride,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1) + tl.arange(0, 1)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    y = _convolved(x, weight, bias, state, active, row, rows, channel, x_stride, CHANNELS, WIDTH, TAPS)
+    place = out + row.to(tl.int64)[:, None] * out_stride + channel[None, :]
+    tl.store(place, y.to(out.dtype.element_ty), mask=(channel < CHANNELS)[None, :])
+
+
+@jit
+def _convolution_and_projection_kernel(
+    x,
+    weight,
+    bias,
+    state,
+    projection,
+    active,
+    out,
+    partials,
+    rows,
+    x_stride,
+    out_stride,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    part = tl.program_id(0)
+    channel = part * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    output = tl.arange(0, BLOCK_OUT)
+    known = (output < OUTPUTS)[:, None] & (channel < CHANNELS)[None, :]
+    tile = tl.load(projection + output[:, None] * CHANNELS + channel[None, :], mask=known, other=0.0)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    y = _convolved(x, weight, bias, state, active, row, rows, channel, x_stride, CHANNELS, WIDTH, TAPS)
+    here = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
+    place = out + row.to(tl.int64)[:, None] * out_stride + channel[None, :]
+    tl.store(place, y.to(out.dtype.element_ty), mask=here)
+    if BLOCK_ROWS == 1:
+        # Read back, y comes in the layout of the tile, where Triton would otherwise move the tile into the layout of y.
+        tl.debug_barrier()
+        y = tl.load(place, mask=here, other=0.0)
+        sums = tl.sum(tile.to(tl.float32) * y.to(tile.dtype).to(tl.float32), 1)[None, :]
+    else:
+        sums = _product(tile, y, tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32), True, True, INTERPRETED)
+    place = partials + (part * rows + row).to(tl.int64)[:, None] * OUTPUTS + output[None, :]
+    tl.store(place, sums, mask=(row < rows)[:, None] & (output < OUTPUTS)[None, :])
+
+
+# Mamba's recurrence
+
+
+def selective_plan(rows: int, size: int) -> ChannelPlan:
+    """The cut of `selective_step`: few enough channels for every multiprocessor to get some. Several rows share what is
+    read of the step's weight, once reading it anew for every row would cost more than the states."""
+    return ChannelPlan(1, 32, 4) if rows <= 4 else ChannelPlan(16, 32, 8)
+
+
+def selective_step(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    partials: torch.Tensor,
+    step_weight: torch.Tensor,
+    step_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor | None,
+    state: torch.Tensor,
+    active: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    plan: ChannelPlan | None = None,
+) -> torch.Tensor:
+    """Mamba's recurrence of one token, from the partial sums of x_proj to the gated output; arXiv 2312.00752, Eq. 2 and 4.
+
+        dt = softplus(W_dt step + b_dt)      h = exp(dt A) h + dt B x      y = (C h + D x) * silu(z)
+
+    The projection is rounded to the step weight's dtype, as is W_dt step; all that follows is float32, and only y and the
+    stored state are rounded.
+
+    Args:
+        x: [B, E], convolved. z: [B, E], the gate. Any row strides.
+        partials: [parts, B, R + 2 N] float32, contiguous: step, B and C of `convolution_and_projection`.
+        step_weight: [E, R], contiguous; step_bias: [E].
+        A: [E, N] float32, contiguous, negative.
+        D: [E], or None.
+        state: [B, E, N], contiguous, float32 or narrower; updated in place.
+        plan: how to cut the work; None: `selective_plan`'s.
+
+    Returns:
+        y [B, E] in x's dtype.
+    """
+    rows, channels, size = state.shape
+    rank = step_weight.shape[1]
+    _check_shape("x", x, (rows, channels))
+    _check_shape("z", z, (rows, channels))
+    _check_shape("partials", partials, (partials.shape[0], rows, rank + 2 * size))
+    _check_shape("step_weight", step_weight, (channels, rank))
+    _check_shape("step_bias", step_bias, (channels,))
+    _check_shape("A", A, (channels, size))
+    _check_shape("D", D, (channels,))
+    _check_shape("active", active, (rows,))
+    _check_shape("out", out, (rows, channels))
+    contiguous = all(tensor.is_contiguous() for tensor in (partials, step_weight, A, state))
+    if not _kernel_takes(x, z, partials, step_weight, step_bias, A, D, state, active, out) or not contiguous:
+        return selective_step_naive(x, z, partials, step_weight, step_bias, A, D, state, active, out)
+    if plan is None:
+        plan = selective_plan(rows, size)
+    if out is None:
+        out = x.new_empty(rows, channels)
+    if rows > 2:  # every program of a row reads all of its parts
+        partials = _summed(partials)
+    parts = partials.shape[0]
+    _launch(
+        _selective_step_kernel,
+        (_blocks(channels, plan.channels), _blocks(rows, plan.rows)),
+        plan.warps,
+        *(x, z, partials, step_weight, step_bias, A, D, state, _as_bytes(active), out),
+        *(rows, x.stride(0), z.stride(0), out.stride(0)),
+        CHANNELS=channels,
+        RANK=rank,
+        SIZE=size,
+        PARTS=parts,
+        BLOCK_ROWS=plan.rows,
+        BLOCK=plan.channels,
+        BLOCK_RANK=max(_power_of_two(rank), 16),
+        BLOCK_SIZE=min(_power_of_two(size), 16),
+        STEP_PARTS=min(_power_of_two(parts), max(1024 // _power_of_two(rank), 1)) if plan.rows == 1 else 1,
+        STATE_PARTS=min(_power_of_two(parts), 64) if plan.rows == 1 else 1,
+        ROUND_STEP=step_bias.dtype != torch.float32,
+        INTERPRETED=_INTERPRETED,
+    )
+    return out
+
+
+def selective_step_naive(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    partials: torch.Tensor,
+    step_weight: torch.Tensor,
+    step_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor | None,
+    state: torch.Tensor,
+    active: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reference of `selective_step`."""
+    size = state.shape[-1]
+    projected = partials.sum(0).to(step_weight.dtype)
+    step, B, C = projected.split([step_weight.shape[1], size, size], dim=-1)
+    dt = F.softplus(at_least_float32(F.linear(step, step_weight) + step_bias))
+    u = at_least_float32(x)
+    h = torch.exp(dt.unsqueeze(-1) * A) * at_least_float32(state) + (dt * u).unsqueeze(-1) * B.unsqueeze(1)
+    y = (h * C.unsqueeze(1)).sum(-1)
+    if D is not None:
+        y = y + D * u
+    y = (y * F.silu(at_least_float32(z))).to(x.dtype)
+    _write_state(state, h, active)
+    return y if out is None else out.copy_(y)
+
+
+def _summed(partials: torch.Tensor) -> torch.Tensor:
+    """[parts, B, J] -> [1, B, J]."""
+    parts, rows, outputs = partials.shape
+    if parts == 1:
+        return partials
+    out = partials.new_empty(1, rows, outputs)
+    block = 32
+    _launch(
+        _sum_kernel,
+        (_blocks(rows * outputs, block),),
+        4,
+        *(partials, out, rows * outputs),
+        PARTS=parts,
+        BLOCK_PARTS=_power_of_two(parts),
+        BLOCK=block,
+    )
+    return out
+
+
+@jit
+def _sum_kernel(
+    partials, out, count, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    part = tl.arange(0, BLOCK_PARTS)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    here = (part < PARTS)[:, None] & (place < count)[None, :]
+    values = tl.load(partials + part.to(tl.int64)[:, None] * count + place[None, :], mask=here, other=0.0)
+    tl.store(out + place, tl.sum(values, 0), mask=place < count)
+
+
+@jit
+def _softplus(x):
+    """log(1 + exp(x)), exact for small results as well: log(1 + u) = u log(w) / (w - 1) with w = 1 + u as it is rounded."""
+    u = tl.exp(-tl.abs(x))
+    w = 1.0 + u
+    tiny = w == 1.0
+    return tl.maximum(x, 0.0) + tl.where(tiny, u, tl.log(w) * (u / tl.where(tiny, 1.0, w - 1.0)))
+
+
+@jit
+def _projected(
+    partials,
+    row,
+    rows,
+    column,
+    known,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """The sum over the parts [rows, columns]; 0 where the columns are not `known`."""
+    total = tl.zeros([row.shape[0], BLOCK_PARTS, column.shape[0]], tl.float32)
+    for start in tl.static_range(0, PARTS, BLOCK_PARTS):
+        part = (start + tl.arange(0, BLOCK_PARTS))[None, :, None]
+        place = partials + (part * rows + row[:, None, None]).to(tl.int64) * WIDTH + column[None, None, :]
+        here = (part < PARTS) & (row < rows)[:, None, None] & known[None, None, :]
+        total += tl.load(place, mask=here, other=0.0)
+    return tl.sum(total, 1)
+
+
+@jit
+def _selective_step_kernel(
+    x,
+    z,
+    partials,
+    step_weight,
+    step_bias,
+    A,
+    D,
+    state,
+    active,
+    out,
+    rows,
+    x_stride,
+    z_stride,
+    out_stride,
+    CHANNELS: tl.constexpr,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    STEP_PARTS: tl.constexpr,
+    STATE_PARTS: tl.constexpr,
+    ROUND_STEP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    WIDTH: tl.constexpr = RANK + 2 * SIZE
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    rank = tl.arange(0, BLOCK_RANK)
+    column = tl.arange(0, BLOCK_SIZE)
+    known = channel < CHANNELS
+    here = (row < rows)[:, None] & known[None, :]
+    dtype = step_weight.dtype.element_ty
+
+    # What the kernel before does not write comes first: on its way while that kernel runs out and the parts are summed.
+    tile_here = known[:, None] & (rank < RANK)[None, :]
+    tile = tl.load(step_weight + channel[:, None] * RANK + rank[None, :], mask=tile_here, other=0.0)
+    place = (row.to(tl.int64)[:, None] * CHANNELS + channel[None, :])[:, :, None] * SIZE + column[None, None, :]
+    h = tl.load(state + place, mask=here[:, :, None] & (column < SIZE)[None, None, :], other=0.0)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    written = here & _taking_part(active, row, rows)[:, None]
+
+    step = _projected(partials, row, rows, rank, rank < RANK, WIDTH, PARTS, STEP_PARTS).to(dtype)
+    if BLOCK_ROWS == 1:
+        dt = tl.sum(tile.to(tl.float32) * step.to(tl.float32), 1)[None, :]
+    else:
+        dt = _product(tile, step, tl.zeros([BLOCK_ROWS, BLOCK], tl.float32), True, True, INTERPRETED)
+    dt = dt.to(dtype).to(tl.float32) + tl.load(step_bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
+    if ROUND_STEP:
+        dt = dt.to(dtype).to(tl.float32)
+    dt = _softplus(dt)
+    row_place = row.to(tl.int64)[:, None]
+    u = tl.load(x + row_place * x_stride + channel[None, :], mask=here, other=0.0).to(tl.float32)
+    gate = tl.load(z + row_place * z_stride + channel[None, :], mask=here, other=0.0).to(tl.float32)
+    y = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
+    if D is not None:
+        y += u * tl.load(D + channel, mask=known, other=0.0).to(tl.float32)[None, :]
+
+    for start in range(0, SIZE, BLOCK_SIZE):
+        now = start + column
+        later = now + BLOCK_SIZE
+        later_here = here[:, :, None] & (later < SIZE)[None, None, :]
+        h_later = tl.load(state + place + (start + BLOCK_SIZE), mask=later_here, other=0.0)
+        rate_here = known[:, None] & (now < SIZE)[None, :]
+        rate = tl.load(A + channel[:, None] * SIZE + now[None, :], mask=rate_here, other=0.0)
+        B = _projected(partials, row, rows, RANK + now, now < SIZE, WIDTH, PARTS, STATE_PARTS).to(dtype).to(tl.float32)
+        C = _projected(partials, row, rows, RANK + SIZE + now, now < SIZE, WIDTH, PARTS, STATE_PARTS)
+        h = tl.exp(dt[:, :, None] * rate[None, :, :]) * h.to(tl.float32) + (dt * u)[:, :, None] * B[:, None, :]
+        y += tl.sum(h * C.to(dtype).to(tl.float32)[:, None, :], 2)
+        tl.debug_barrier()  # no thread may write what another has yet to read
+        h_here = written[:, :, None] & (now < SIZE)[None, None, :]
+        tl.store(state + place + start, h.to(state.dtype.element_ty), mask=h_here)
+        h = h_later
+    tl.store(out + row_place * out_stride + channel[None, :], (y * _silu(gate)).to(out.dtype.element_ty), mask=here)
+
+
+# Mamba-2's recurrence
+
+
+def dual_plan(rows: int, heads: int, channels: int, size: int) -> ChannelPlan:
+    """The cut of `dual_step`, whose program has some channels of one head and one row: 32 KB of a float32 state, 256 bytes
+    on their way for every thread; less where that leaves multiprocessors without two programs."""
+    columns = _power_of_two(size)
+    block = min(_power_of_two(channels), max(8192 // columns, 1))
+    while block > 4 and rows * heads * _blocks(channels, block) < 2 * _PROCESSORS:
+        block //= 2
+    return ChannelPlan(1, block, min(max(block * columns // 2048, 1), 4))
+
+
+def dual_step(
+    xBC: torch.Tensor,
+    step: torch.Tensor,
+    step_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor | None,
+    state: torch.Tensor,
+    step_limits: tuple[float, float] = (0.0, float("inf")),
+    active: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    plan: ChannelPlan | None = None,
+) -> torch.Tensor:
+    """Mamba-2's recurrence of one token, without the gate; arXiv 2405.21060, section 6.
+
+        dt = clamp(softplus(step + step_bias))      h = exp(dt A) h + dt x B^T      y = h C + D x      for every head
+
+    All in float32; only y and the stored state are rounded.
+
+    Args:
+        xBC: [B, E + 2 G N], convolved: x of all heads, then B and C of all groups. Any row stride.
+        step: [B, nh], any row stride; step_bias: [nh].
+        A: [nh] float32, negative.
+        D: [nh], or None.
+        state: [B, nh, P, N], contiguous, float32 or narrower; updated in place.
+        step_limits: the smallest and largest dt.
+        plan: how to cut the work; None: `dual_plan`'s.
+
+    Returns:
+        y [B, E] in xBC's dtype.
+    """
+    rows, heads, channels, size = state.shape
+    groups = (xBC.shape[1] - heads * channels) // (2 * size)
+    _check_shape("xBC", xBC, (rows, heads * channels + 2 * groups * size))
+    if groups < 1 or heads % groups:
+        raise ValueError(f"xBC {tuple(xBC.shape)} leaves {groups} groups of B and C, which must divide {heads} heads.")
+    _check_shape("step", step, (rows, heads))
+    for name, tensor in (("step_bias", step_bias), ("A", A), ("D", D)):
+        _check_shape(name, tensor, (heads,))
+    _check_shape("active", active, (rows,))
+    _check_shape("out", out, (rows, heads * channels))
+    if not _kernel_takes(xBC, step, step_bias, A, D, state, active, out) or not state.is_contiguous():
+        return dual_step_naive(xBC, step, step_bias, A, D, state, step_limits, active, out)
+    if plan is None:
+        plan = dual_plan(rows, heads, channels, size)
+    if out is None:
+        out = xBC.new_empty(rows, heads * channels)
+    _launch(
+        _dual_step_kernel,
+        (heads * _blocks(channels, plan.channels), rows),
+        plan.warps,
+        *(xBC, step, step_bias, A, D, state, _as_bytes(active), out),
+        *(rows, xBC.stride(0), step.stride(0), out.stride(0), *step_limits),
+        HEADS=heads,
+        CHANNELS=channels,
+        SIZE=size,
+        GROUPS=groups,
+        BLOCK=plan.channels,
+        BLOCK_SIZE=_power_of_two(size),
+    )
+    return out
+
+
+def dual_step_naive(
+    xBC: torch.Tensor,
+    step: torch.Tensor,
+    step_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor | None,
+    state: torch.Tensor,
+    step_limits: tuple[float, float] = (0.0, float("inf")),
+    active: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reference of `dual_step`."""
+    heads, channels, size = state.shape[1:]
+    inner = heads * channels
+    shared = (xBC.shape[1] - inner) // 2
+    x, B, C = at_least_float32(xBC).split([inner, shared, shared], dim=-1)
+    x = x.unflatten(-1, (heads, channels))
+    B, C = (part.unflatten(-1, (-1, size)).repeat_interleave(heads * size // shared, dim=1) for part in (B, C))
+    dt = F.softplus(at_least_float32(step) + step_bias).clamp(*step_limits)
+    h = torch.exp(dt * A)[..., None, None] * at_least_float32(state) + (dt[..., None] * x)[..., None] * B[:, :, None]
+    y = (h * C[:, :, None]).sum(-1)
+    if D is not None:
+        y = y + D[:, None] * x
+    y = y.flatten(1).to(xBC.dtype)
+    _write_state(state, h, active)
+    return y if out is None else out.copy_(y)
+
+
+@jit
+def _dual_step_kernel(
+    xBC,
+    step,
+    step_bias,
+    A,
+    D,
+    state,
+    active,
+    out,
+    rows,
+    x_stride,
+    step_stride,
+    out_stride,
+    low,
+    high,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+    INNER: tl.constexpr = HEADS * CHANNELS
+    head = tl.program_id(0) // BLOCKS
+    row = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK_SIZE)
+    group = head // (HEADS // GROUPS)
+    known = channel < CHANNELS
+    here = known[:, None] & (column < SIZE)[None, :]
+    place = state + ((row * HEADS + head) * CHANNELS + channel[:, None]) * SIZE + column[None, :]
+    h = tl.load(place, mask=here, other=0.0)  # the kernel before does not write it
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    dt = _softplus(tl.load(step + row * step_stride + head).to(tl.float32) + tl.load(step_bias + head).to(tl.float32))
+    dt = tl.minimum(tl.maximum(dt, low), high)
+    decay = tl.exp(dt * tl.load(A + head))
+    start = xBC + row * x_stride
+    x = tl.load(start + head * CHANNELS + channel, mask=known, other=0.0).to(tl.float32)
+    shared = start + INNER + group * SIZE + column
+    B = tl.load(shared, mask=column < SIZE, other=0.0).to(tl.float32)
+    C = tl.load(shared + GROUPS * SIZE, mask=column < SIZE, other=0.0).to(tl.float32)
+    h = decay * h.to(tl.float32) + (dt * x)[:, None] * B[None, :]
+    y = tl.sum(h * C[None, :], 1)
+    if D is not None:
+        y += tl.load(D + head).to(tl.float32) * x
+    written = here
+    if active is not None:
+        written = here & (tl.load(active + row) != 0)
+    tl.debug_barrier()  # no thread may write what another has yet to read
+    tl.store(place, h.to(state.dtype.element_ty), mask=written)
+    tl.store(out + row * out_stride + head * CHANNELS + channel, y.to(out.dtype.element_ty), mask=known)
+
+
+# What they share
+
+_INTERPRETED = triton is not None and not isinstance(_norm_linear_kernel, triton.JITFunction)
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.bool, torch.int8)
+
+
+def _kernel_takes(*tensors: torch.Tensor | None) -> bool:
+    """Whether Triton runs here, and every tensor given has a dtype that the kernels know and contiguous columns."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return (
+        kernels_can_run(present[0].device)
+        and all(tensor.device == present[0].device for tensor in present)
+        and all(tensor.dtype in _KERNEL_DTYPES and (tensor.stride(-1) == 1 or tensor.shape[-1] == 1) for tensor in present)
+        and present[0].numel() > 0
+    )
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], warps: int, *arguments: Any, **constants: Any) -> None:
+    device = arguments[0].device
+    options = {"launch_pdl": True} if _dependent else {}
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **constants, DEPENDENT=_dependent, num_warps=warps, **options)
+
+
+def _check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, expected {shape}.")
+
+
+def _check_convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    state: torch.Tensor,
+    active: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> None:
+    rows, channels, width = state.shape
+    _check_shape("x", x, (rows, channels))
+    _check_shape("weight", weight, (channels, width))
+    _check_shape("bias", bias, (channels,))
+    _check_shape("active", active, (rows,))
+    _check_shape("out", out, (rows, channels))
+
+
+def _write_state(state: torch.Tensor, new: torch.Tensor, active: torch.Tensor | None) -> None:
+    if active is not None:
+        new = torch.where(active.bool().view(-1, *[1] * (state.dim() - 1)), new.to(state.dtype), state)
+    state.copy_(new)
+
+
+def _as_bytes(active: torch.Tensor | None) -> torch.Tensor | None:
+    return active.view(torch.int8) if active is not None and active.dtype == torch.bool else active
+
+
+def _row_stride(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def _blocks(count: int, block: int) -> int:
+    return -(-count // block)
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest that is not below `count`."""
+    return 1 << max(count - 1, 0).bit_length()

@@ -1,0 +1,995 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""The memory's part of a decoding step, a token a row, in one or two kernels. Used without gradients, inside CUDA graphs.
+
+    few rows     note_step
+    more         note_projections | note_reading
+
+What a token reads changes only where a chunk ends, so keys and values of the notes are kept projected (`readable_notes`),
+as are a layer's projections of a token in one matrix (`step_weights`). Both must be made anew when what they come from
+changes: behind every commit, and before steps begin.
+
+As in decode_kernels.py, each function runs its Triton kernel where Triton can, and otherwise the torch reference beside it,
+`<name>_naive`. For memories as `can_step` wants them; rounded where `NoteMemory.step` and `MemMambaBlock.mix` round.
+
+Shapes: `B` rows, `H` hidden size, `F` note size, `h` heads of `d` channels, `C` tokens of a chunk, `R` readers of a layer
+(1, or 2 if it reads layers below as well), `N` notes that a reader reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .decode_kernels import (
+    _INTERPRETED,
+    _KERNEL_DTYPES,
+    _PROCESSORS,
+    LinearPlan,
+    _blocks,
+    _check_shape,
+    _inverse_rms,
+    _kernel_takes,
+    _launch,
+    _normed,
+    _power_of_two,
+    _product,
+    _weight_tile,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    linear_plan,
+    tl,
+)
+from .note_memory import NoteMemory, NoteReader, StepState
+from .note_pool import OpenChunk, Pool
+from .precision import at_least_float32
+
+FEW_ROWS = 4  # for which `note_step` has one kernel, whose programs all project the token themselves
+MOST_ELEMENTS = 1 << 15  # of the keys of one reader and row, which a program holds in registers
+
+
+class StepWeights(NamedTuple):
+    """A layer's weights as steps read them.
+
+    norm: [H]; eps: of that norm.
+    projection: [F + R F + R, H]: of the note, of the readers' queries, of their gates.
+    gate_bias: [R].
+    score_weight, score_bias: [H] and [1], of the write score.
+    outputs: R of [H, F], each reader's last projection.
+    sinks: R of [h].
+    write_threshold, read_threshold: a score or gate of at most that is 0.
+    """
+
+    norm: torch.Tensor
+    eps: float
+    projection: torch.Tensor
+    gate_bias: torch.Tensor
+    score_weight: torch.Tensor
+    score_bias: torch.Tensor
+    outputs: tuple[torch.Tensor, ...]
+    sinks: tuple[torch.Tensor, ...]
+    write_threshold: float = 0.0
+    read_threshold: float = 0.0
+
+
+class ReadableNotes(NamedTuple):
+    """Notes as one reader's attention takes them.
+
+    keys, values: [B, N, F], projected, contiguous.
+    bias: [B, N] float32, what is added to logits: log score, -inf where the slot is empty.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor
+
+
+class ReadingPlan(NamedTuple):
+    """How `note_reading` and `note_step` are cut into programs, each for one row.
+
+    outputs: channels of what is added to the token.
+    warps: of 32 threads a program.
+    inputs: channels of a tile of the query's weight, the first of which is on its way before the kernel before has ended.
+    stages: tiles that are on their way at a time.
+    """
+
+    outputs: int
+    warps: int
+    inputs: int = 128
+    stages: int = 4
+
+
+def can_step(memory: NoteMemory) -> bool:
+    """Whether the functions below do what a memory does: notes that stand for one token, read under a gate, and added before
+    the mixer. That its layers are what their weights say is for the caller to know."""
+    config = memory.config
+    return config.fusion == "gated" and config.fusion_position == "pre" and config.pooling == "none"
+
+
+def step_weights(memory: NoteMemory) -> StepWeights:
+    """A layer's weights for steps: the projections are copies, the rest is the parameters' own."""
+    readers, fusions = [memory.token_reader], [memory.token_fusion]
+    if memory.reads_below:
+        readers.append(memory.layer_reader)
+        fusions.append(memory.layer_fusion)
+    gates = [fusion.gate for fusion in fusions if fusion.gate is not None]  # `can_step`: all have one
+    parts = [memory.note.weight, *(reader.query.weight for reader in readers), *(gate.weight for gate in gates)]
+    return StepWeights(
+        memory.norm.weight.detach(),
+        memory.norm.eps,
+        torch.cat(parts).detach(),
+        torch.cat([gate.bias for gate in gates]).detach(),
+        memory.write_score.weight[0].detach(),
+        memory.write_score.bias.detach(),
+        tuple(reader.output.weight.detach() for reader in readers),
+        tuple(reader.sink.detach() for reader in readers),
+        memory.config.write_threshold,
+        memory.config.read_threshold,
+    )
+
+
+def renew_weights(weights: StepWeights, memory: NoteMemory) -> None:
+    """Take the parameters' values as they are now; every tensor stays where it is."""
+    for mine, theirs in zip(_tensors(weights), _tensors(step_weights(memory)), strict=True):
+        if mine.data_ptr() != theirs.data_ptr():
+            mine.copy_(theirs)
+
+
+def renew_notes(notes: ReadableNotes, reader: NoteReader, pools: Sequence[Pool]) -> None:
+    """Take what the pools hold now; every tensor stays where it is."""
+    for mine, theirs in zip(notes, readable_notes(reader, pools), strict=True):
+        mine.copy_(theirs)
+
+
+def readers_and_pools(memory: NoteMemory, states: Sequence[StepState]) -> list[tuple[NoteReader, list[Pool]]]:
+    """The readers of a layer, in the order of its `StepWeights`, with the pools they read, the nearest first.
+
+    Args:
+        states: of all layers.
+    """
+    layer, group = memory.layer_idx, memory.config.cross_layer_group
+    readers = [(memory.token_reader, [states[layer].pool])]
+    if memory.reads_below:
+        readers.append((memory.layer_reader, [state.pool for state in reversed(states[max(layer - group, 0) : layer])]))
+    return readers
+
+
+def readable_notes(reader: NoteReader, pools: Sequence[Pool]) -> ReadableNotes:
+    """What a reader takes of pools [B, K, ...] each, in the order of `NoteReader.forward`: N is all their K together."""
+    dtype = reader.key.weight.dtype
+    notes = [pool.notes.to(dtype) for pool in pools]
+    if reader.layer_embedding is not None:
+        notes = [note + layer.to(dtype) for note, layer in zip(notes, reader.layer_embedding[: len(notes)], strict=True)]
+    joined = torch.cat(notes, dim=1)
+    scores = at_least_float32(torch.cat([pool.scores for pool in pools], dim=1))
+    bias = scores.clamp_min(torch.finfo(scores.dtype).tiny).log().masked_fill(scores <= 0, -torch.inf)
+    return ReadableNotes(reader.key(joined), reader.value(joined), bias)
+
+
+# Projections of a token
+
+
+def projections_plan(rows: int, outputs: int, inputs: int, item_size: int = 2) -> LinearPlan:
+    """The cut of `note_projections`: a small matrix, which rows may well read again, so that there are many programs."""
+    if rows <= FEW_ROWS:
+        return linear_plan(1, outputs, inputs, item_size)
+    return LinearPlan(16, 16, min(max(_power_of_two(inputs), 16), 128 if item_size == 2 else 32), 4)
+
+
+def note_projections(
+    hidden_states: torch.Tensor,
+    weights: StepWeights,
+    opened: OpenChunk,
+    read: torch.Tensor,
+    plan: LinearPlan | None = None,
+) -> torch.Tensor:
+    """Writes a token's note and write score into the open chunk, and projects it for the readers.
+
+    Args:
+        hidden_states: [B, H], not normed, any row stride.
+        opened: [B, C, F] and [B, C], any strides; place `read % C` of each row is overwritten.
+        read: [B] long, tokens that the rows have read before.
+        plan: how to cut the work; None: `projections_plan`'s.
+
+    Returns:
+        [B, R F + R] in the projection's dtype: the readers' queries, and their gates before the sigmoid.
+    """
+    rows, inputs = hidden_states.shape
+    size, readers = _check_step(hidden_states, weights, opened, read)
+    if not _projected_by_kernel(hidden_states, weights, opened, read):
+        return note_projections_naive(hidden_states, weights, opened, read)
+    outputs = weights.projection.shape[0]
+    if plan is None:
+        plan = projections_plan(rows, outputs, inputs, weights.projection.element_size())
+    projected = hidden_states.new_empty(rows, outputs - size, dtype=weights.projection.dtype)
+    _launch(
+        _note_projections_kernel,
+        (_blocks(outputs, plan.outputs) + 1, _blocks(rows, plan.rows)),
+        plan.warps,
+        *(hidden_states, weights.norm, weights.projection, weights.gate_bias, weights.score_weight, weights.score_bias),
+        *(*opened, read, projected, rows, hidden_states.stride(0), *opened.notes.stride(), *opened.scores.stride()),
+        *(weights.eps, weights.write_threshold),
+        INPUTS=inputs,
+        NOTE=size,
+        READERS=readers,
+        CHUNK=opened.scores.shape[1],
+        BLOCK_ROWS=plan.rows,
+        BLOCK_OUT=plan.outputs,
+        BLOCK_IN=plan.inputs,
+        BLOCK_NORM=min(_power_of_two(inputs), 4096) if plan.rows == 1 else plan.inputs,
+        STAGES=plan.stages,
+        INTERPRETED=_INTERPRETED,
+    )
+    return projected
+
+
+def note_projections_naive(
+    hidden_states: torch.Tensor, weights: StepWeights, opened: OpenChunk, read: torch.Tensor
+) -> torch.Tensor:
+    """Reference of `note_projections`."""
+    size, readers = opened.notes.shape[2], len(weights.gate_bias)
+    x = at_least_float32(hidden_states)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + weights.eps)
+    tokens = weights.norm * x.to(weights.norm.dtype)
+    bias = F.pad(weights.gate_bias, (len(weights.projection) - readers, 0))
+    projected = F.linear(tokens, weights.projection, bias)
+    score = at_least_float32(weights.score_weight).unsqueeze(0), at_least_float32(weights.score_bias)
+    scores = torch.sigmoid(F.linear(at_least_float32(tokens), *score))[:, 0]
+    rows, places = torch.arange(len(read), device=read.device), read % opened.scores.shape[1]
+    opened.notes.index_put_((rows, places), projected[:, :size].to(opened.notes.dtype))
+    scores = scores.masked_fill(scores <= weights.write_threshold, 0.0)
+    opened.scores.index_put_((rows, places), scores.to(opened.scores.dtype))
+    return projected[:, size:].contiguous()
+
+
+@jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@jit
+def _products(
+    tile,
+    x,
+    norm_weight,
+    weight,
+    scale,
+    output,
+    row,
+    rows,
+    x_stride,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The normed x times some outputs of a weight, of which `tile` is the first: [rows, outputs] in float32."""
+    DOT: tl.constexpr = row.shape[0] > 1
+    column = tl.arange(0, BLOCK_IN)
+    part = _normed(x, None, norm_weight, row, rows, column, INPUTS, scale, x_stride, 0)
+    if DOT:
+        total = tl.zeros([output.shape[0], row.shape[0]], tl.float32)
+    else:
+        total = tl.zeros([output.shape[0], BLOCK_IN], tl.float32)
+    total = _product(tile, part, total, DOT, False, INTERPRETED)
+    for start in tl.range(BLOCK_IN, INPUTS, BLOCK_IN, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK_IN)
+        tile = _weight_tile(weight, output, column, INPUTS, INPUTS, OUTPUTS)
+        part = _normed(x, None, norm_weight, row, rows, column, INPUTS, scale, x_stride, 0)
+        total = _product(tile, part, total, DOT, False, INTERPRETED)
+    if DOT:
+        y = tl.trans(total)
+    else:
+        y = tl.sum(total, 1)[None, :]
+    return y
+
+
+@jit
+def _dot(vector, x, norm_weight, scale, row, rows, x_stride, INPUTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The normed x times one vector: [rows] in float32."""
+    total = tl.zeros([row.shape[0], BLOCK], tl.float32)
+    for start in range(0, INPUTS, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        part = _normed(x, None, norm_weight, row, rows, column, INPUTS, scale, x_stride, 0)
+        total += part.to(tl.float32) * tl.load(vector + column, mask=column < INPUTS, other=0.0).to(tl.float32)[None, :]
+    return tl.sum(total, 1)
+
+
+@jit
+def _write_score(
+    x,
+    norm_weight,
+    score_weight,
+    score_bias,
+    scores,
+    place,
+    scale,
+    row,
+    rows,
+    x_stride,
+    score_row,
+    score_place,
+    threshold,
+    INPUTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Scores the token for the place of each row in its chunk."""
+    logit = _dot(score_weight, x, norm_weight, scale, row, rows, x_stride, INPUTS, BLOCK)
+    score = _sigmoid(logit + tl.load(score_bias).to(tl.float32))
+    score = tl.where(score <= threshold, 0.0, score)
+    at = scores + row.to(tl.int64) * score_row + place * score_place
+    tl.store(at, score.to(scores.dtype.element_ty), mask=row < rows)
+
+
+@jit
+def _note_projections_kernel(
+    x,
+    norm_weight,
+    weight,
+    gate_bias,
+    score_weight,
+    score_bias,
+    notes,
+    scores,
+    read,
+    projected,
+    rows,
+    x_stride,
+    note_row,
+    note_place,
+    note_channel,
+    score_row,
+    score_place,
+    eps,
+    write_threshold,
+    INPUTS: tl.constexpr,
+    NOTE: tl.constexpr,
+    READERS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_NORM: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    OUTPUTS: tl.constexpr = (1 + READERS) * NOTE + READERS
+    BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_OUT - 1) // BLOCK_OUT
+    block = tl.program_id(0)
+    output = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tile = _weight_tile(weight, output, tl.arange(0, BLOCK_IN), INPUTS, INPUTS, OUTPUTS)
+    place = tl.load(read + row, mask=row < rows, other=0) % CHUNK  # the kernel before does not write it
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    scale = _inverse_rms(x, None, row, rows, 0, x_stride, 0, eps, INPUTS, BLOCK_NORM, STAGES)
+    if block == BLOCKS:
+        _write_score(
+            x,
+            norm_weight,
+            score_weight,
+            score_bias,
+            scores,
+            place,
+            scale,
+            row,
+            rows,
+            x_stride,
+            score_row,
+            score_place,
+            write_threshold,
+            INPUTS,
+            BLOCK_NORM,
+        )
+    else:
+        y = _products(
+            tile, x, norm_weight, weight, scale, output, row, rows, x_stride, INPUTS, OUTPUTS, BLOCK_IN, STAGES, INTERPRETED
+        )
+        gate = output - (OUTPUTS - READERS)
+        y += tl.load(gate_bias + gate, mask=(gate >= 0) & (gate < READERS), other=0.0).to(tl.float32)[None, :]
+        y = y.to(weight.dtype.element_ty)
+        here = (row < rows)[:, None] & (output < OUTPUTS)[None, :]
+        at = row.to(tl.int64)[:, None]
+        note = notes + at * note_row + place[:, None] * note_place + output.to(tl.int64)[None, :] * note_channel
+        tl.store(note, y.to(notes.dtype.element_ty), mask=here & (output < NOTE)[None, :])
+        rest = projected + at * (OUTPUTS - NOTE) + (output - NOTE)[None, :]
+        tl.store(rest, y, mask=here & (output >= NOTE)[None, :])
+
+
+# Reading
+
+
+def reading_plan(rows: int, channels: int, elements: int) -> ReadingPlan:
+    """The cut of `note_reading` for readers of up to `elements` numbers in keys: as many channels a program as leave every
+    multiprocessor one, since each program computes the attention anew."""
+    block = min(max(_power_of_two(channels), 16), 256)
+    while block > 32 and rows * _blocks(channels, block) < _PROCESSORS:
+        block //= 2
+    return ReadingPlan(block, min(max(elements // 1024, 4), 16))
+
+
+def note_reading(
+    hidden_states: torch.Tensor,
+    projected: torch.Tensor,
+    weights: StepWeights,
+    notes: Sequence[ReadableNotes],
+    read: torch.Tensor,
+    out: torch.Tensor | None = None,
+    plan: ReadingPlan | None = None,
+) -> torch.Tensor:
+    """A token and what it reads, behind `note_projections`; arXiv 2510.03279, Eq. 6, 7 and 12.
+
+        hidden + sum over readers of sigmoid(gate) W_o sum_i a_i v_i   a = softmax of { q . k_i / sqrt(d) + bias_i } and sink
+
+    Args:
+        hidden_states: [B, H], any row stride.
+        projected: [B, R F + R], as `note_projections` returns it.
+        notes: what each of the R readers reads.
+        read: [B] long; grows by 1.
+        out: [B, H], in the dtype of the result; not `hidden_states`. None: a new tensor.
+        plan: how to cut the work; None: `reading_plan`'s.
+
+    Returns:
+        [B, H] in the dtype of the sum of hidden states and weights.
+    """
+    rows, channels = hidden_states.shape
+    _check_reading(hidden_states, weights, notes, read, out)
+    _check_shape("projected", projected, (rows, sum(output.shape[1] + 1 for output in weights.outputs)))
+    if not (_read_by_kernel(hidden_states, weights, notes, read, out, projected) and projected.is_contiguous()):
+        return note_reading_naive(hidden_states, projected, weights, notes, read, out)
+    if plan is None:
+        plan = reading_plan(rows, channels, _elements(weights, notes))
+    out = _new_result(hidden_states, weights) if out is None else out
+    _launch(
+        _note_reading_kernel,
+        (_blocks(channels, plan.outputs), rows),
+        plan.warps,
+        *(hidden_states, projected, *_reader_arguments(weights, notes), read, out),
+        *(hidden_states.stride(0), out.stride(0), weights.read_threshold),
+        CHANNELS=channels,
+        **_reader_constants(weights, notes),
+        BLOCK=plan.outputs,
+    )
+    return out
+
+
+def note_reading_naive(
+    hidden_states: torch.Tensor,
+    projected: torch.Tensor,
+    weights: StepWeights,
+    notes: Sequence[ReadableNotes],
+    read: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reference of `note_reading`."""
+    readers, size = len(notes), weights.outputs[0].shape[1]
+    added = []
+    for reader, (keys, values, bias) in enumerate(notes):
+        heads = len(weights.sinks[reader])
+        query = projected[:, reader * size : (reader + 1) * size].unflatten(1, (heads, 1, -1))
+        keys, values = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (keys, values))
+        logits = at_least_float32(query @ keys.transpose(2, 3)) / query.shape[-1] ** 0.5 + bias[:, None, None]
+        sink = at_least_float32(weights.sinks[reader]).view(-1, 1, 1).expand(*logits.shape[:-1], 1)
+        attention = torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
+        taken = F.linear((attention.to(values.dtype) @ values).flatten(1), weights.outputs[reader])
+        gate = torch.sigmoid(at_least_float32(projected[:, readers * size + reader, None]))
+        added.append(taken * gate.masked_fill(gate <= weights.read_threshold, 0.0).to(taken.dtype))
+    read.add_(1)
+    result = hidden_states + (added[0] if readers == 1 else added[0] + added[1])
+    return result if out is None else out.copy_(result)
+
+
+@jit
+def _notes(
+    keys,
+    values,
+    bias,
+    row,
+    NOTES: tl.constexpr,
+    BLOCK_NOTES: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """A row's keys and values [notes, heads, size], and bias [notes]."""
+    note = tl.arange(0, BLOCK_NOTES)
+    head = tl.arange(0, BLOCK_HEADS)
+    column = tl.arange(0, BLOCK_SIZE)
+    here = (note < NOTES)[:, None, None] & (head < HEADS)[None, :, None] & (column < SIZE)[None, None, :]
+    place = ((row * NOTES + note)[:, None, None] * HEADS + head[None, :, None]) * SIZE + column[None, None, :]
+    key = tl.load(keys + place, mask=here, other=0.0)
+    value = tl.load(values + place, mask=here, other=0.0)
+    return key, value, tl.load(bias + row * NOTES + note, mask=note < NOTES, other=float("-inf"))
+
+
+@jit
+def _output_tile(
+    weight,
+    channel,
+    CHANNELS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Of a reader's last projection [channels, heads, size]."""
+    head = tl.arange(0, BLOCK_HEADS)
+    column = tl.arange(0, BLOCK_SIZE)
+    here = (channel < CHANNELS)[:, None, None] & (head < HEADS)[None, :, None] & (column < SIZE)[None, None, :]
+    place = (channel[:, None, None] * HEADS + head[None, :, None]) * SIZE + column[None, None, :]
+    return tl.load(weight + place, mask=here, other=0.0)
+
+
+@jit
+def _added(
+    query,
+    gate,
+    key,
+    value,
+    bias,
+    tile,
+    sink,
+    threshold,
+    HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """What a reader adds to some channels, in float32 and rounded: query [heads, size], gate a number before its sigmoid."""
+    dtype = key.dtype
+    head = tl.arange(0, BLOCK_HEADS)
+    nothing = tl.load(sink + head, mask=head < HEADS, other=0.0).to(tl.float32)
+    logits = tl.sum(key.to(tl.float32) * query.to(tl.float32)[None, :, :], 2).to(dtype).to(tl.float32)
+    logits = logits / (SIZE**0.5) + bias[:, None]
+    highest = tl.maximum(tl.max(logits, 0), nothing)
+    weights = tl.exp(logits - highest[None, :])
+    weights = weights / (tl.sum(weights, 0) + tl.exp(nothing - highest))[None, :]
+    taken = tl.sum(weights.to(dtype).to(tl.float32)[:, :, None] * value.to(tl.float32), 0).to(dtype).to(tl.float32)
+    y = tl.sum(tl.sum(tile.to(tl.float32) * taken[None, :, :], 2), 1).to(dtype).to(tl.float32)
+    gate = _sigmoid(gate.to(dtype).to(tl.float32))
+    gate = tl.where(gate <= threshold, 0.0, gate).to(dtype).to(tl.float32)
+    return (y * gate).to(dtype).to(tl.float32)
+
+
+@jit
+def _projected_query(
+    projected, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """A row's query [heads, size]."""
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    column = tl.arange(0, BLOCK_SIZE)[None, :]
+    return tl.load(projected + head * SIZE + column, mask=(head < HEADS) & (column < SIZE), other=0.0)
+
+
+@jit
+def _count_token(read, row):
+    count = tl.load(read + row)
+    tl.debug_barrier()  # no thread may write what another has yet to read
+    tl.store(read + row, count + 1)
+
+
+@jit
+def _note_reading_kernel(
+    x,
+    projected,
+    keys,
+    values,
+    bias,
+    sink,
+    output_weight,
+    below_keys,
+    below_values,
+    below_bias,
+    below_sink,
+    below_output_weight,
+    read,
+    out,
+    x_stride,
+    out_stride,
+    read_threshold,
+    CHANNELS: tl.constexpr,
+    NOTES: tl.constexpr,
+    BLOCK_NOTES: tl.constexpr,
+    BELOW: tl.constexpr,
+    BLOCK_BELOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    NOTE: tl.constexpr = HEADS * SIZE
+    READERS: tl.constexpr = 1 if below_keys is None else 2
+    row = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # The kernel before writes nothing of this, so that it comes while that kernel runs out.
+    key, value, add = _notes(keys, values, bias, row, NOTES, BLOCK_NOTES, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+    tile = _output_tile(output_weight, channel, CHANNELS, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+    if below_keys is not None:
+        below_key, below_value, below_add = _notes(
+            below_keys, below_values, below_bias, row, BELOW, BLOCK_BELOW, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE
+        )
+        below_tile = _output_tile(below_output_weight, channel, CHANNELS, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    known = channel < CHANNELS
+    hidden = tl.load(x + row * x_stride + channel, mask=known, other=0.0).to(tl.float32)
+    mine = projected + row * (READERS * (NOTE + 1))
+    query = _projected_query(mine, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+    gate = tl.load(mine + READERS * NOTE)
+    added = _added(query, gate, key, value, add, tile, sink, read_threshold, HEADS, BLOCK_HEADS, SIZE)
+    if below_keys is not None:
+        query = _projected_query(mine + NOTE, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+        gate = tl.load(mine + READERS * NOTE + 1)
+        added += _added(
+            query,
+            gate,
+            below_key,
+            below_value,
+            below_add,
+            below_tile,
+            below_sink,
+            read_threshold,
+            HEADS,
+            BLOCK_HEADS,
+            SIZE,
+        )
+        added = added.to(key.dtype).to(tl.float32)
+    tl.store(out + row * out_stride + channel, (hidden + added).to(out.dtype.element_ty), mask=known)
+    if tl.program_id(0) == 0:
+        _count_token(read, row)
+
+
+# Both
+
+
+def step_plan(channels: int, elements: int, item_size: int = 2) -> ReadingPlan:
+    """The cut of `note_step`'s one kernel for readers of up to `elements` numbers in keys. Every program reads the query's
+    weight, which takes it as long as everything else: so there are few."""
+    warps = min(max(elements // 1024, 8), 16)
+    return ReadingPlan(min(max(_power_of_two(channels), 16), 64), warps, 128 if item_size == 2 else 32)
+
+
+def note_step(
+    hidden_states: torch.Tensor,
+    weights: StepWeights,
+    notes: Sequence[ReadableNotes],
+    opened: OpenChunk,
+    read: torch.Tensor,
+    out: torch.Tensor | None = None,
+    plan: ReadingPlan | None = None,
+) -> torch.Tensor:
+    """A layer's memory in a step: a token and what it reads, its note in the open chunk; see `NoteMemory.step`.
+
+    The same as `note_projections` and `note_reading` one after the other, whose arguments these are. In one kernel if there
+    is a `plan`, or by `step_plan` for at most `FEW_ROWS` rows.
+
+    Returns:
+        [B, H] in the dtype of the sum of hidden states and weights.
+    """
+    rows, channels = hidden_states.shape
+    _check_step(hidden_states, weights, opened, read)
+    _check_reading(hidden_states, weights, notes, read, out)
+    by_kernel = _projected_by_kernel(hidden_states, weights, opened, read) and _read_by_kernel(
+        hidden_states, weights, notes, read, out
+    )
+    if not by_kernel or (plan is None and rows > FEW_ROWS):
+        projected = note_projections(hidden_states, weights, opened, read)
+        return note_reading(hidden_states, projected, weights, notes, read, out)
+    if plan is None:
+        plan = step_plan(channels, _elements(weights, notes), weights.projection.element_size())
+    out = _new_result(hidden_states, weights) if out is None else out
+    _launch(
+        _note_step_kernel,
+        (_blocks(channels, plan.outputs) + 1, rows),
+        plan.warps,
+        *(hidden_states, weights.norm, weights.projection, weights.gate_bias, weights.score_weight, weights.score_bias),
+        *(*_reader_arguments(weights, notes), *opened, read, out),
+        *(hidden_states.stride(0), *opened.notes.stride(), *opened.scores.stride(), out.stride(0)),
+        *(weights.eps, weights.write_threshold, weights.read_threshold),
+        CHANNELS=channels,
+        CHUNK=opened.scores.shape[1],
+        **_reader_constants(weights, notes),
+        BLOCK=plan.outputs,
+        BLOCK_IN=plan.inputs,
+        BLOCK_NORM=min(_power_of_two(channels), 4096),
+        STAGES=plan.stages,
+        INTERPRETED=_INTERPRETED,
+    )
+    return out
+
+
+def note_step_naive(
+    hidden_states: torch.Tensor,
+    weights: StepWeights,
+    notes: Sequence[ReadableNotes],
+    opened: OpenChunk,
+    read: torch.Tensor,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reference of `note_step`."""
+    projected = note_projections_naive(hidden_states, weights, opened, read)
+    return note_reading_naive(hidden_states, projected, weights, notes, read, out)
+
+
+@jit
+def _note_step_kernel(
+    x,
+    norm_weight,
+    weight,
+    gate_bias,
+    score_weight,
+    score_bias,
+    keys,
+    values,
+    bias,
+    sink,
+    output_weight,
+    below_keys,
+    below_values,
+    below_bias,
+    below_sink,
+    below_output_weight,
+    notes,
+    scores,
+    read,
+    out,
+    x_stride,
+    note_row,
+    note_place,
+    note_channel,
+    score_row,
+    score_place,
+    out_stride,
+    eps,
+    write_threshold,
+    read_threshold,
+    CHANNELS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NOTES: tl.constexpr,
+    BLOCK_NOTES: tl.constexpr,
+    BELOW: tl.constexpr,
+    BLOCK_BELOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_NORM: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    NOTE: tl.constexpr = HEADS * SIZE
+    READERS: tl.constexpr = 1 if below_keys is None else 2
+    OUTPUTS: tl.constexpr = (1 + READERS) * NOTE + READERS
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+    block = tl.program_id(0)  # the last one writes the note
+    number = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(1) + tl.arange(0, 1)
+    rows = tl.num_programs(1)
+    # Tensor cores want 16 rows: products and sums of a tile would fill the registers.
+    sixteen = tl.program_id(1) + tl.arange(0, 16)
+    channel = block * BLOCK + tl.arange(0, BLOCK)
+
+    # Of a note or query, padded to a power of two in heads and in their sizes.
+    padded = tl.arange(0, BLOCK_HEADS * BLOCK_SIZE)
+    part = padded // BLOCK_SIZE * SIZE + padded % BLOCK_SIZE
+    is_part = (padded // BLOCK_SIZE < HEADS) & (padded % BLOCK_SIZE < SIZE)
+    first = tl.where(block == BLOCKS, 0, NOTE)
+
+    # The kernel before writes nothing of this, so that it comes while that kernel runs out.
+    weight_tile = _weight_tile(weight, first + part, tl.arange(0, BLOCK_IN), CHANNELS, CHANNELS, OUTPUTS)
+    key, value, add = _notes(keys, values, bias, number, NOTES, BLOCK_NOTES, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+    tile = _output_tile(output_weight, channel, CHANNELS, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    scale = _inverse_rms(x, None, row, rows, 0, x_stride, 0, eps, CHANNELS, BLOCK_NORM, 1)
+    y = _products(
+        weight_tile,
+        x,
+        norm_weight,
+        weight,
+        scale,
+        first + part,
+        sixteen,
+        tl.program_id(1) + 1,
+        x_stride,
+        CHANNELS,
+        OUTPUTS,
+        BLOCK_IN,
+        STAGES,
+        INTERPRETED,
+    )
+    y = tl.sum(y, 0).to(weight.dtype.element_ty)  # all rows but the first are zero
+
+    if block == BLOCKS:
+        place = tl.load(read + row) % CHUNK
+        note = notes + number * note_row + place[:, None] * note_place + part.to(tl.int64)[None, :] * note_channel
+        tl.store(note, y.to(notes.dtype.element_ty)[None, :], mask=is_part[None, :])
+        _write_score(
+            x,
+            norm_weight,
+            score_weight,
+            score_bias,
+            scores,
+            place,
+            scale,
+            row,
+            rows,
+            x_stride,
+            score_row,
+            score_place,
+            write_threshold,
+            CHANNELS,
+            BLOCK_NORM,
+        )
+        _count_token(read, number)
+    else:
+        known = channel < CHANNELS
+        hidden = tl.load(x + number * x_stride + channel, mask=known, other=0.0).to(tl.float32)
+        gates = weight + (1 + READERS) * NOTE * CHANNELS
+        gate = tl.sum(_dot(gates, x, norm_weight, scale, row, rows, x_stride, CHANNELS, BLOCK_NORM), 0)
+        gate += tl.load(gate_bias).to(tl.float32)
+        query = tl.reshape(y, [BLOCK_HEADS, BLOCK_SIZE])
+        added = _added(query, gate, key, value, add, tile, sink, read_threshold, HEADS, BLOCK_HEADS, SIZE)
+        if below_keys is not None:
+            below_weight_tile = _weight_tile(weight, 2 * NOTE + part, tl.arange(0, BLOCK_IN), CHANNELS, CHANNELS, OUTPUTS)
+            below_key, below_value, below_add = _notes(
+                below_keys, below_values, below_bias, number, BELOW, BLOCK_BELOW, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE
+            )
+            below_tile = _output_tile(below_output_weight, channel, CHANNELS, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+            below_query = _products(
+                below_weight_tile,
+                x,
+                norm_weight,
+                weight,
+                scale,
+                2 * NOTE + part,
+                sixteen,
+                tl.program_id(1) + 1,
+                x_stride,
+                CHANNELS,
+                OUTPUTS,
+                BLOCK_IN,
+                STAGES,
+                INTERPRETED,
+            )
+            below_query = tl.sum(below_query, 0).to(weight.dtype.element_ty)
+            gate = tl.sum(_dot(gates + CHANNELS, x, norm_weight, scale, row, rows, x_stride, CHANNELS, BLOCK_NORM), 0)
+            gate += tl.load(gate_bias + 1).to(tl.float32)
+            added += _added(
+                tl.reshape(below_query, [BLOCK_HEADS, BLOCK_SIZE]),
+                gate,
+                below_key,
+                below_value,
+                below_add,
+                below_tile,
+                below_sink,
+                read_threshold,
+                HEADS,
+                BLOCK_HEADS,
+                SIZE,
+            )
+            added = added.to(weight.dtype.element_ty).to(tl.float32)
+        tl.store(out + number * out_stride + channel, (hidden + added).to(out.dtype.element_ty), mask=known)
+
+
+# What they share
+
+
+def _check_step(hidden_states: torch.Tensor, weights: StepWeights, opened: OpenChunk, read: torch.Tensor) -> tuple[int, int]:
+    """The size of a note, and the number of readers."""
+    rows, channels = hidden_states.shape
+    size, readers = opened.notes.shape[2], len(weights.outputs)
+    _check_shape("norm", weights.norm, (channels,))
+    _check_shape("projection", weights.projection, ((1 + readers) * size + readers, channels))
+    _check_shape("gate_bias", weights.gate_bias, (readers,))
+    _check_shape("score_weight", weights.score_weight, (channels,))
+    _check_shape("score_bias", weights.score_bias, (1,))
+    _check_shape("opened.notes", opened.notes, (rows, opened.notes.shape[1], size))
+    _check_shape("opened.scores", opened.scores, (rows, opened.notes.shape[1]))
+    _check_shape("read", read, (rows,))
+    return size, readers
+
+
+def _check_reading(
+    hidden_states: torch.Tensor,
+    weights: StepWeights,
+    notes: Sequence[ReadableNotes],
+    read: torch.Tensor,
+    out: torch.Tensor | None,
+) -> None:
+    rows, channels = hidden_states.shape
+    size = weights.outputs[0].shape[1]
+    if not len(notes) == len(weights.outputs) == len(weights.sinks):
+        raise ValueError(f"{len(weights.outputs)} readers need notes for each, got {len(notes)}.")
+    for output, part in zip(weights.outputs, notes, strict=True):
+        _check_shape("output", output, (channels, size))
+        _check_shape("keys", part.keys, (rows, part.keys.shape[1], size))
+        _check_shape("values", part.values, tuple(part.keys.shape))
+        _check_shape("bias", part.bias, tuple(part.keys.shape[:2]))
+    _check_shape("read", read, (rows,))
+    _check_shape("out", out, (rows, channels))
+
+
+def _projected_by_kernel(hidden_states: torch.Tensor, weights: StepWeights, opened: OpenChunk, read: torch.Tensor) -> bool:
+    return (
+        _kernel_takes(hidden_states, *_of_projections(weights), opened.scores)
+        and opened.notes.dtype in _KERNEL_DTYPES
+        and read.dtype == torch.long
+        and read.is_contiguous()
+        and weights.projection.is_contiguous()
+        and weights.gate_bias.dtype == weights.projection.dtype
+    )
+
+
+def _read_by_kernel(
+    hidden_states: torch.Tensor,
+    weights: StepWeights,
+    notes: Sequence[ReadableNotes],
+    read: torch.Tensor,
+    out: torch.Tensor | None,
+    *others: torch.Tensor,
+) -> bool:
+    parts = [tensor for part in notes for tensor in part]
+    return (
+        _kernel_takes(hidden_states, *weights.outputs, *weights.sinks, *parts, out, *others)
+        and read.dtype == torch.long
+        and read.is_contiguous()
+        and all(tensor.is_contiguous() for tensor in (*parts, *weights.outputs, *weights.sinks))
+        and _elements(weights, notes) <= MOST_ELEMENTS
+    )
+
+
+def _of_projections(weights: StepWeights) -> tuple[torch.Tensor, ...]:
+    return weights.norm, weights.projection, weights.gate_bias, weights.score_weight, weights.score_bias
+
+
+def _tensors(weights: StepWeights) -> tuple[torch.Tensor, ...]:
+    return *_of_projections(weights), *weights.outputs, *weights.sinks
+
+
+def _elements(weights: StepWeights, notes: Sequence[ReadableNotes]) -> int:
+    """Numbers in the keys of the reader with most, as a program holds them."""
+    heads, size = len(weights.sinks[0]), weights.outputs[0].shape[1]
+    return max(_power_of_two(part.keys.shape[1]) for part in notes) * _power_of_two(heads) * _power_of_two(size // heads)
+
+
+def _new_result(hidden_states: torch.Tensor, weights: StepWeights) -> torch.Tensor:
+    dtype = torch.promote_types(hidden_states.dtype, weights.outputs[0].dtype)
+    return torch.empty(hidden_states.shape, dtype=dtype, device=hidden_states.device)
+
+
+def _reader_arguments(weights: StepWeights, notes: Sequence[ReadableNotes]) -> list[torch.Tensor | None]:
+    """Keys, values, bias, sink and last projection of both readers; None for the one that is not there."""
+    arguments: list[torch.Tensor | None] = []
+    for part, sink, output in zip(notes, weights.sinks, weights.outputs, strict=True):
+        arguments += [*part, sink, output]
+    return arguments + [None] * (10 - len(arguments))
+
+
+def _reader_constants(weights: StepWeights, notes: Sequence[ReadableNotes]) -> dict[str, int]:
+    heads, size = len(weights.sinks[0]), weights.outputs[0].shape[1]
+    counts = [part.keys.shape[1] for part in notes]
+    return {
+        "NOTES": counts[0],
+        "BLOCK_NOTES": _power_of_two(counts[0]),
+        "BELOW": counts[-1],
+        "BLOCK_BELOW": _power_of_two(counts[-1]),
+        "HEADS": heads,
+        "BLOCK_HEADS": _power_of_two(heads),
+        "SIZE": size // heads,
+        "BLOCK_SIZE": _power_of_two(size // heads),
+    }

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which dtype recurrences, norms and step sizes are computed in: float32, or float64 for a float64 model."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+
+def state_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype a scan over x computes and keeps its state in: float64 stays, everything else is float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or in float64 if it is."""
+    return x.to(state_dtype(x))
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Autocast turned off for x's device, so that what is in float32 stays so."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
