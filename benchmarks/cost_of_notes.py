@@ -7,6 +7,9 @@
 Both have random weights, share mixer and kernels, and run in one process, taking turns; the plain Mamba is this package's.
 Before any timing, MemMamba, whose readers start at zero, is compared with the plain Mamba of the same weights. bfloat16 on a
 GPU (training under autocast, with AdamW), float32 elsewhere.
+
+Decoding is measured as calls of the model (`decoding`), whose time on a GPU is that of launching kernels, and on a GPU as
+`generate` does it as well, in captured steps (`decoding_captured`; not in files of earlier versions).
 """
 
 import argparse
@@ -29,6 +32,7 @@ SHAPES = {
     "tiny": {"hidden_size": 256, "num_hidden_layers": 8, "vocab_size": 4096},
     "130m": {"hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50_280},
 }
+FEW_TOKENS = 8  # of the shorter answer, from whose time that of a longer one is counted
 
 
 def build(shape: str, device: str) -> dict[str, Any]:
@@ -150,26 +154,53 @@ def decoding(models: dict[str, Any], rows: int, steps: int, repeats: int, device
     return {"rows": rows, "steps": steps, **compared(result)}
 
 
+@torch.no_grad()
+def decoding_captured(
+    models: dict[str, Any], rows: int, steps: int, repeats: int, device: str, cuda_graph: bool = True
+) -> dict[str, Any]:
+    """Greedy steps of `generate` behind a prompt of 256 tokens; seconds are those of one step: of two lengths of the answer,
+    the difference, so that neither the prompt nor a capture counts. Spreads are those of the longer.
+
+    Args:
+        cuda_graph: as for `generate`.
+    """
+    ids = torch.randint(0, models["plain"].config.vocab_size, (rows, 256), device=device)
+    result = {}
+    for name, model in models.items():
+        settings = {"do_sample": False, "cuda_graph": cuda_graph, **options(name)}
+
+        def run(tokens: int, model: Any = model, settings: dict[str, Any] = settings) -> None:
+            model.generate(ids, max_new_tokens=tokens, **settings)
+
+        result |= {name: lambda run=run: run(FEW_TOKENS + steps), f"{name}, few tokens": lambda run=run: run(FEW_TOKENS)}
+    times = timed(result, repeats, device)
+    each = {}
+    for name in models:
+        few = times[f"{name}, few tokens"]["median_s"]
+        each[name] = {key: (taken - few) / steps for key, taken in times[name].items()}
+    return {"rows": rows, "steps": steps, **compared(each)}
+
+
 def compared(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "times_plain": result["memmamba"]["median_s"] / result["plain"]["median_s"]}
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="130m")
     parser.add_argument("--rows", type=int, default=16, help="of a training step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row in training")
     parser.add_argument("--prompt", type=int, default=32_768, help="tokens of the prompt that is read")
     parser.add_argument("--decode-rows", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--steps", type=int, default=64, help="tokens decoded in a repeat")
+    parser.add_argument("--steps", type=int, default=64, help="tokens decoded in a repeat; a chunk has 64")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cost_of_notes_130m.json"))
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(words: list[str] | None = None) -> None:
+    arguments = parse_arguments(words)
     models = build(arguments.shape, arguments.device)
     results: dict[str, Any] = {
         "shape": arguments.shape,
@@ -187,6 +218,11 @@ def main() -> None:
     results["decoding"] = [
         decoding(models, rows, arguments.steps, arguments.repeats, arguments.device) for rows in arguments.decode_rows
     ]
+    if arguments.device.startswith("cuda"):
+        results["decoding_captured"] = [
+            decoding_captured(models, rows, arguments.steps, arguments.repeats, arguments.device)
+            for rows in arguments.decode_rows
+        ]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output, results)
     print(f"{arguments.output}: training step {results['training_step']['times_plain']:.2f} times plain Mamba's")

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .optional_kernels import kernels_enabled
 from .precision import at_least_float32
 
 try:
@@ -46,6 +47,9 @@ def jit(function: Any) -> Any:
 # What the choice of block sizes counts with, those of an H100. Other cards have other numbers, which costs time at most.
 _PROCESSORS = 132
 _SHARED_MEMORY = 220 * 1024  # bytes a multiprocessor has for tiles that are on their way
+
+
+FEW_ROWS = 2  # up to so many a projection is worth fusing with what stands around it
 
 _dependent = False
 
@@ -100,29 +104,30 @@ class LinearPlan(NamedTuple):
 def linear_plan(rows: int, outputs: int, inputs: int, item_size: int = 2) -> LinearPlan:
     """The cut for x [rows, inputs] and a weight [outputs, inputs] of `item_size` bytes an element.
 
-    Reading at the memory's speed takes about 40 KB on their way in every multiprocessor, in programs that all run at once
-    or in many waves. So: as many outputs a program as leave every multiprocessor one; tiles of about 8 KB, wider where a
-    multiprocessor has few programs; as many stages as shared memory holds for the programs that share it, one being left
-    for the first tile. Every program reads all of x from the L2 cache, which may cost at most about twice its share of the
-    weight: hence no fewer outputs than half of its rows. A norm inside reads x twice more, in float32, before the first
-    product: worth the launch it saves up to one row in eight outputs.
+    Measured on an H100 with the shapes of mamba-2.8b. One row: tiles of 8 KB in programs so small that every multiprocessor
+    has four at least; each normalises the row itself. Several rows: every program reads all of x from the L2 cache, which
+    costs more than multiprocessors without a program, hence 32 outputs at least; a norm in a kernel of its own; stages as
+    many as shared memory holds for the programs that share it, one being left for the first tile.
     """
     if rows == 1:
-        block_rows, block_outputs, fewest, together = 1, 16, 4, 5
-    else:
-        block_rows = min(max(_power_of_two(rows), 16), 64)
-        block_outputs, fewest, together = 128, max(16, block_rows // 2), 2
-    while block_outputs > fewest and _blocks(outputs, block_outputs) < _PROCESSORS:
+        block_outputs = 8
+        while block_outputs > 4 and _blocks(outputs, block_outputs) < 4 * _PROCESSORS:
+            block_outputs //= 2
+        block_inputs = min(8192 // (item_size * block_outputs), max(_power_of_two(inputs), 16))
+        stages = 3 if _blocks(outputs, block_outputs) > 5 * _PROCESSORS else 5
+        return LinearPlan(1, block_outputs, block_inputs, stages)
+    block_rows = min(max(_power_of_two(rows), 16), 64)
+    block_outputs = 128
+    while block_outputs > 32 and _blocks(outputs, block_outputs) < _PROCESSORS:
         block_outputs //= 2
-    resident = min(_blocks(_blocks(outputs, block_outputs), _PROCESSORS), together)
-    widest = 512 if rows == 1 and resident <= 2 else 256
+    resident = min(_blocks(_blocks(outputs, block_outputs), _PROCESSORS), 2)
     fitting = 24 * 1024 // (item_size * (block_outputs + block_rows))
-    block_inputs = min(_power_of_two(fitting + 1) // 2, widest * 2 // item_size, max(_power_of_two(inputs), 16))
-    if item_size > 2 and rows > 1:  # products in float32 take registers instead of tensor cores
+    block_inputs = min(_power_of_two(fitting + 1) // 2, 512 // item_size, max(_power_of_two(inputs), 16))
+    if item_size > 2:  # products in float32 take registers instead of tensor cores
         block_outputs, block_inputs = min(block_outputs, 32), min(block_inputs, 32)
     stage = (block_outputs + block_rows) * block_inputs * item_size
-    stages = min(max(_SHARED_MEMORY // (resident * stage) - 1, 2), 8 if block_rows == 64 else 5)
-    return LinearPlan(block_rows, block_outputs, block_inputs, stages, fused_norm=8 * min(rows, block_rows) <= block_outputs)
+    stages = min(max(_SHARED_MEMORY // (resident * stage) - 1, 2), 8 if block_rows == 64 else 4)
+    return LinearPlan(block_rows, block_outputs, block_inputs, stages, fused_norm=False)
 
 
 def norm_linear(
@@ -221,6 +226,24 @@ def norm_linear_naive(
     if residual is not None:
         y = (at_least_float32(residual) if residual_in_fp32 else residual) + y
     return y if out is None else out.copy_(y)
+
+
+def norm_in_one_kernel(
+    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, gate: torch.Tensor | None = None, groups: int = 1
+) -> torch.Tensor | None:
+    """The norm of `norm_linear` alone, for a prompt as for a step: [..., K] -> [..., K] in the norm weight's dtype.
+
+    None where it has to be computed otherwise: with gradients, while it is traced, without a GPU or Triton, without kernels.
+    """
+    if torch.compiler.is_compiling() or not kernels_enabled():
+        return None
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, norm_weight, gate)):
+        return None
+    flat_gate = None if gate is None else gate.flatten(0, -2)
+    flat = x.flatten(0, -2)
+    if not _kernel_takes(flat, norm_weight, flat_gate):
+        return None
+    return _normalised(flat, flat_gate, norm_weight, norm_weight.dtype, groups, eps).view(x.shape)
 
 
 def _normalised(
@@ -377,13 +400,14 @@ def _norm_linear_kernel(
     else:
         total = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
 
-    for group in range(GROUPS):
+    # Unrolled: a loop whose inner loops vanish would be pipelined, and so read x before the kernel before has written it.
+    for group in tl.static_range(GROUPS):
         first = group * SIZE
         end = first + SIZE
         column = first + tl.arange(0, BLOCK_IN)
         # On its way while the kernel before runs out and while the norm is computed.
         tile = _weight_tile(weight, output, column, end, INPUTS, OUTPUTS)
-        if DEPENDENT:
+        if DEPENDENT and group == 0:
             gdc_wait()
             gdc_launch_dependents()
         scale = None
@@ -418,9 +442,8 @@ def _norm_linear_kernel(
 
 
 class ChannelPlan(NamedTuple):
-    """How a kernel that goes over channels is cut into programs: rows and channels of one, and its warps of 32 threads."""
+    """How a kernel that goes over channels is cut into programs: channels of a program, and its warps of 32 threads."""
 
-    rows: int
     channels: int
     warps: int
 
@@ -480,7 +503,7 @@ def convolution_step_naive(
     return y if out is None else out.copy_(y)
 
 
-def projection_plan(rows: int, channels: int, outputs: int, item_size: int = 2) -> ChannelPlan:
+def projection_plan(channels: int, outputs: int, item_size: int = 2) -> ChannelPlan:
     """The cut of `convolution_and_projection`; the partial sums have cdiv(channels, plan.channels) parts.
 
     A program holds all of its weights in registers, at most 64 KB, so that they come while the convolution is computed.
@@ -490,9 +513,7 @@ def projection_plan(rows: int, channels: int, outputs: int, item_size: int = 2) 
     block = min(max(64 * 1024 // (item_size * max(_power_of_two(outputs), 16)), 16), 128)
     while block > 32 and _blocks(channels, block) < 40:
         block //= 2
-    if rows == 1:
-        return ChannelPlan(1, block, 16 if block * _power_of_two(outputs) > 8192 else 8)
-    return ChannelPlan(16, block if item_size == 2 else min(block, 32), 8)
+    return ChannelPlan(block, 16 if block * _power_of_two(outputs) > 8192 else 8)
 
 
 def convolution_and_projection(
@@ -523,24 +544,22 @@ def convolution_and_projection(
     if not _kernel_takes(x, weight, bias, state, projection, active, out) or not contiguous:
         return convolution_and_projection_naive(x, weight, bias, state, projection, active, out)
     if plan is None:
-        plan = projection_plan(rows, channels, outputs, projection.element_size())
+        plan = projection_plan(channels, outputs, projection.element_size())
     if out is None:
         out = x.new_empty(rows, channels)
     parts = _blocks(channels, plan.channels)
     partials = x.new_empty(parts, rows, outputs, dtype=torch.float32)
     _launch(
         _convolution_and_projection_kernel,
-        (parts, _blocks(rows, plan.rows)),
+        (parts, rows),
         plan.warps,
         *(x, weight, bias, state, projection, _as_bytes(active), out, partials, rows, x.stride(0), out.stride(0)),
         CHANNELS=channels,
         WIDTH=width,
         OUTPUTS=outputs,
         TAPS=_power_of_two(width),
-        BLOCK_ROWS=plan.rows,
         BLOCK=plan.channels,
         BLOCK_OUT=max(_power_of_two(outputs), 16),
-        INTERPRETED=_INTERPRETED,
     )
     return out, partials
 
@@ -646,15 +665,13 @@ def _convolution_and_projection_kernel(
     WIDTH: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TAPS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     part = tl.program_id(0)
     channel = part * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = tl.program_id(1) + tl.arange(0, 1)
     output = tl.arange(0, BLOCK_OUT)
     known = (output < OUTPUTS)[:, None] & (channel < CHANNELS)[None, :]
     tile = tl.load(projection + output[:, None] * CHANNELS + channel[None, :], mask=known, other=0.0)
@@ -665,24 +682,15 @@ def _convolution_and_projection_kernel(
     here = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
     place = out + row.to(tl.int64)[:, None] * out_stride + channel[None, :]
     tl.store(place, y.to(out.dtype.element_ty), mask=here)
-    if BLOCK_ROWS == 1:
-        # Read back, y comes in the layout of the tile, where Triton would otherwise move the tile into the layout of y.
-        tl.debug_barrier()
-        y = tl.load(place, mask=here, other=0.0)
-        sums = tl.sum(tile.to(tl.float32) * y.to(tile.dtype).to(tl.float32), 1)[None, :]
-    else:
-        sums = _product(tile, y, tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32), True, True, INTERPRETED)
+    # Read back, y comes in the layout of the tile, where Triton would otherwise move the tile into the layout of y.
+    tl.debug_barrier()
+    y = tl.load(place, mask=here, other=0.0)
+    sums = tl.sum(tile.to(tl.float32) * y.to(tile.dtype).to(tl.float32), 1)[None, :]
     place = partials + (part * rows + row).to(tl.int64)[:, None] * OUTPUTS + output[None, :]
     tl.store(place, sums, mask=(row < rows)[:, None] & (output < OUTPUTS)[None, :])
 
 
 # Mamba's recurrence
-
-
-def selective_plan(rows: int, size: int) -> ChannelPlan:
-    """The cut of `selective_step`: few enough channels for every multiprocessor to get some. Several rows share what is
-    read of the step's weight, once reading it anew for every row would cost more than the states."""
-    return ChannelPlan(1, 32, 4) if rows <= 4 else ChannelPlan(16, 32, 8)
 
 
 def selective_step(
@@ -712,50 +720,121 @@ def selective_step(
         A: [E, N] float32, contiguous, negative.
         D: [E], or None.
         state: [B, E, N], contiguous, float32 or narrower; updated in place.
-        plan: how to cut the work; None: `selective_plan`'s.
+        plan: how to cut the work; None: 16 channels and 2 warps a program, best on an H100.
 
     Returns:
         y [B, E] in x's dtype.
     """
     rows, channels, size = state.shape
     rank = step_weight.shape[1]
-    _check_shape("x", x, (rows, channels))
-    _check_shape("z", z, (rows, channels))
     _check_shape("partials", partials, (partials.shape[0], rows, rank + 2 * size))
     _check_shape("step_weight", step_weight, (channels, rank))
+    _check_selective(x, z, step_bias, A, D, state, active, out)
+    contiguous = all(tensor.is_contiguous() for tensor in (partials, step_weight, A, state))
+    if not _kernel_takes(x, z, partials, step_weight, step_bias, A, D, state, active, out) or not contiguous:
+        return selective_step_naive(x, z, partials, step_weight, step_bias, A, D, state, active, out)
+    given = partials, None, None, step_weight, step_bias, A, D, state, active
+    return _launch_selective(x, z, given, rank, out, plan or ChannelPlan(16, 2))
+
+
+def selective_update(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    projected: torch.Tensor,
+    step: torch.Tensor,
+    step_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor | None,
+    state: torch.Tensor,
+    active: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    plan: ChannelPlan | None = None,
+) -> torch.Tensor:
+    """`selective_step` behind the products: what is left of it for many rows, whose products a library makes.
+
+    Args:
+        projected: [B, R + 2 N], any row stride: step, B and C, as x_proj gives them.
+        step: [B, E], any row stride: W_dt step, without its bias.
+        x, z, step_bias, A, D, state: as for `selective_step`.
+        plan: how to cut the work; None: `update_plan`'s.
+
+    Returns:
+        y [B, E] in x's dtype.
+    """
+    rows, channels, size = state.shape
+    rank = projected.shape[1] - 2 * size
+    _check_shape("projected", projected, (rows, max(rank, 0) + 2 * size))
+    _check_shape("step", step, (rows, channels))
+    _check_selective(x, z, step_bias, A, D, state, active, out)
+    contiguous = A.is_contiguous() and state.is_contiguous()
+    if not _kernel_takes(x, z, projected, step, step_bias, A, D, state, active, out) or not contiguous:
+        return selective_update_naive(x, z, projected, step, step_bias, A, D, state, active, out)
+    given = None, projected, step, None, step_bias, A, D, state, active
+    return _launch_selective(x, z, given, rank, out, plan or update_plan(channels, size))
+
+
+def update_plan(channels: int, size: int) -> ChannelPlan:
+    """The cut of `selective_update`: of a float32 state 4 KB a program, 32 bytes on their way for a thread."""
+    return ChannelPlan(min(max(1024 // _power_of_two(size), 16), _power_of_two(channels)), 4)
+
+
+def _check_selective(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    step_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor | None,
+    state: torch.Tensor,
+    active: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> None:
+    rows, channels, size = state.shape
+    _check_shape("x", x, (rows, channels))
+    _check_shape("z", z, (rows, channels))
     _check_shape("step_bias", step_bias, (channels,))
     _check_shape("A", A, (channels, size))
     _check_shape("D", D, (channels,))
     _check_shape("active", active, (rows,))
     _check_shape("out", out, (rows, channels))
-    contiguous = all(tensor.is_contiguous() for tensor in (partials, step_weight, A, state))
-    if not _kernel_takes(x, z, partials, step_weight, step_bias, A, D, state, active, out) or not contiguous:
-        return selective_step_naive(x, z, partials, step_weight, step_bias, A, D, state, active, out)
-    if plan is None:
-        plan = selective_plan(rows, size)
+
+
+def _launch_selective(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    given: tuple[torch.Tensor | None, ...],
+    rank: int,
+    out: torch.Tensor | None,
+    plan: ChannelPlan,
+) -> torch.Tensor:
+    """`given`: the kernel's tensors from `partials` to `active`."""
+    partials, projected, step, step_weight, step_bias, A, D, state, active = given
+    assert state is not None
+    assert step_bias is not None
+    rows, channels, size = state.shape
     if out is None:
         out = x.new_empty(rows, channels)
-    if rows > 2:  # every program of a row reads all of its parts
-        partials = _summed(partials)
-    parts = partials.shape[0]
+    parts = 0 if partials is None else partials.shape[0]
     _launch(
         _selective_step_kernel,
-        (_blocks(channels, plan.channels), _blocks(rows, plan.rows)),
+        (_blocks(channels, plan.channels), rows),
         plan.warps,
-        *(x, z, partials, step_weight, step_bias, A, D, state, _as_bytes(active), out),
-        *(rows, x.stride(0), z.stride(0), out.stride(0)),
+        *(x, z, partials, projected, step, step_weight, step_bias, A, D, state, _as_bytes(active), out),
+        rows=rows,
+        x_stride=x.stride(0),
+        z_stride=z.stride(0),
+        projected_stride=_row_stride(projected),
+        step_stride=_row_stride(step),
+        out_stride=out.stride(0),
         CHANNELS=channels,
         RANK=rank,
         SIZE=size,
         PARTS=parts,
-        BLOCK_ROWS=plan.rows,
         BLOCK=plan.channels,
         BLOCK_RANK=max(_power_of_two(rank), 16),
         BLOCK_SIZE=min(_power_of_two(size), 16),
-        STEP_PARTS=min(_power_of_two(parts), max(1024 // _power_of_two(rank), 1)) if plan.rows == 1 else 1,
-        STATE_PARTS=min(_power_of_two(parts), 64) if plan.rows == 1 else 1,
+        STEP_PARTS=min(_power_of_two(parts), max(1024 // _power_of_two(rank), 1)),
+        STATE_PARTS=min(_power_of_two(parts), 64),
         ROUND_STEP=step_bias.dtype != torch.float32,
-        INTERPRETED=_INTERPRETED,
     )
     return out
 
@@ -773,10 +852,27 @@ def selective_step_naive(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Reference of `selective_step`."""
-    size = state.shape[-1]
     projected = partials.sum(0).to(step_weight.dtype)
-    step, B, C = projected.split([step_weight.shape[1], size, size], dim=-1)
-    dt = F.softplus(at_least_float32(F.linear(step, step_weight) + step_bias))
+    step = F.linear(projected[:, : step_weight.shape[1]], step_weight)
+    return selective_update_naive(x, z, projected, step, step_bias, A, D, state, active, out)
+
+
+def selective_update_naive(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    projected: torch.Tensor,
+    step: torch.Tensor,
+    step_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor | None,
+    state: torch.Tensor,
+    active: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reference of `selective_update`."""
+    size = state.shape[-1]
+    B, C = projected[:, -2 * size :].chunk(2, dim=-1)
+    dt = F.softplus(at_least_float32(step + step_bias))
     u = at_least_float32(x)
     h = torch.exp(dt.unsqueeze(-1) * A) * at_least_float32(state) + (dt * u).unsqueeze(-1) * B.unsqueeze(1)
     y = (h * C.unsqueeze(1)).sum(-1)
@@ -785,39 +881,6 @@ def selective_step_naive(
     y = (y * F.silu(at_least_float32(z))).to(x.dtype)
     _write_state(state, h, active)
     return y if out is None else out.copy_(y)
-
-
-def _summed(partials: torch.Tensor) -> torch.Tensor:
-    """[parts, B, J] -> [1, B, J]."""
-    parts, rows, outputs = partials.shape
-    if parts == 1:
-        return partials
-    out = partials.new_empty(1, rows, outputs)
-    block = 32
-    _launch(
-        _sum_kernel,
-        (_blocks(rows * outputs, block),),
-        4,
-        *(partials, out, rows * outputs),
-        PARTS=parts,
-        BLOCK_PARTS=_power_of_two(parts),
-        BLOCK=block,
-    )
-    return out
-
-
-@jit
-def _sum_kernel(
-    partials, out, count, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
-):
-    part = tl.arange(0, BLOCK_PARTS)
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
-    here = (part < PARTS)[:, None] & (place < count)[None, :]
-    values = tl.load(partials + part.to(tl.int64)[:, None] * count + place[None, :], mask=here, other=0.0)
-    tl.store(out + place, tl.sum(values, 0), mask=place < count)
 
 
 @jit
@@ -830,24 +893,14 @@ def _softplus(x):
 
 
 @jit
-def _projected(
-    partials,
-    row,
-    rows,
-    column,
-    known,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-):
-    """The sum over the parts [rows, columns]; 0 where the columns are not `known`."""
-    total = tl.zeros([row.shape[0], BLOCK_PARTS, column.shape[0]], tl.float32)
+def _projected(partials, row, rows, column, known, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+    """The sum over the parts [columns] of a row; 0 where the columns are not `known`."""
+    total = tl.zeros([BLOCK_PARTS, column.shape[0]], tl.float32)
     for start in tl.static_range(0, PARTS, BLOCK_PARTS):
-        part = (start + tl.arange(0, BLOCK_PARTS))[None, :, None]
-        place = partials + (part * rows + row[:, None, None]).to(tl.int64) * WIDTH + column[None, None, :]
-        here = (part < PARTS) & (row < rows)[:, None, None] & known[None, None, :]
-        total += tl.load(place, mask=here, other=0.0)
-    return tl.sum(total, 1)
+        part = start + tl.arange(0, BLOCK_PARTS)
+        place = partials + (part * rows + row)[:, None] * WIDTH + column[None, :]
+        total += tl.load(place, mask=(part < PARTS)[:, None] & known[None, :], other=0.0)
+    return tl.sum(total, 0)
 
 
 @jit
@@ -855,6 +908,8 @@ def _selective_step_kernel(
     x,
     z,
     partials,
+    projected,
+    step,
     step_weight,
     step_bias,
     A,
@@ -865,72 +920,78 @@ def _selective_step_kernel(
     rows,
     x_stride,
     z_stride,
+    projected_stride,
+    step_stride,
     out_stride,
     CHANNELS: tl.constexpr,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     PARTS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     STEP_PARTS: tl.constexpr,
     STATE_PARTS: tl.constexpr,
     ROUND_STEP: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """`partials` and `step_weight`, or `projected` and `step`, are there."""
     WIDTH: tl.constexpr = RANK + 2 * SIZE
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = tl.program_id(1).to(tl.int64)
     rank = tl.arange(0, BLOCK_RANK)
     column = tl.arange(0, BLOCK_SIZE)
     known = channel < CHANNELS
-    here = (row < rows)[:, None] & known[None, :]
-    dtype = step_weight.dtype.element_ty
 
     # What the kernel before does not write comes first: on its way while that kernel runs out and the parts are summed.
-    tile_here = known[:, None] & (rank < RANK)[None, :]
-    tile = tl.load(step_weight + channel[:, None] * RANK + rank[None, :], mask=tile_here, other=0.0)
-    place = (row.to(tl.int64)[:, None] * CHANNELS + channel[None, :])[:, :, None] * SIZE + column[None, None, :]
-    h = tl.load(state + place, mask=here[:, :, None] & (column < SIZE)[None, None, :], other=0.0)
+    if step_weight is not None:
+        tile_here = known[:, None] & (rank < RANK)[None, :]
+        tile = tl.load(step_weight + channel[:, None] * RANK + rank[None, :], mask=tile_here, other=0.0)
+    place = state + (row * CHANNELS + channel)[:, None] * SIZE + column[None, :]
+    h = tl.load(place, mask=known[:, None] & (column < SIZE)[None, :], other=0.0)
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    written = here & _taking_part(active, row, rows)[:, None]
+    written = known
+    if active is not None:
+        written = known & (tl.load(active + row) != 0)
 
-    step = _projected(partials, row, rows, rank, rank < RANK, WIDTH, PARTS, STEP_PARTS).to(dtype)
-    if BLOCK_ROWS == 1:
-        dt = tl.sum(tile.to(tl.float32) * step.to(tl.float32), 1)[None, :]
+    if step_weight is not None:
+        dtype = step_weight.dtype.element_ty
+        factor = _projected(partials, row, rows, rank, rank < RANK, WIDTH, PARTS, STEP_PARTS).to(dtype)
+        dt = tl.sum(tile.to(tl.float32) * factor.to(tl.float32)[None, :], 1)
     else:
-        dt = _product(tile, step, tl.zeros([BLOCK_ROWS, BLOCK], tl.float32), True, True, INTERPRETED)
-    dt = dt.to(dtype).to(tl.float32) + tl.load(step_bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
+        dtype = step.dtype.element_ty
+        dt = tl.load(step + row * step_stride + channel, mask=known, other=0.0)
+    dt = dt.to(dtype).to(tl.float32) + tl.load(step_bias + channel, mask=known, other=0.0).to(tl.float32)
     if ROUND_STEP:
         dt = dt.to(dtype).to(tl.float32)
     dt = _softplus(dt)
-    row_place = row.to(tl.int64)[:, None]
-    u = tl.load(x + row_place * x_stride + channel[None, :], mask=here, other=0.0).to(tl.float32)
-    gate = tl.load(z + row_place * z_stride + channel[None, :], mask=here, other=0.0).to(tl.float32)
-    y = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
+    u = tl.load(x + row * x_stride + channel, mask=known, other=0.0).to(tl.float32)
+    gate = tl.load(z + row * z_stride + channel, mask=known, other=0.0).to(tl.float32)
+    y = tl.zeros([BLOCK], tl.float32)
     if D is not None:
-        y += u * tl.load(D + channel, mask=known, other=0.0).to(tl.float32)[None, :]
+        y += u * tl.load(D + channel, mask=known, other=0.0).to(tl.float32)
 
     for start in range(0, SIZE, BLOCK_SIZE):
         now = start + column
         later = now + BLOCK_SIZE
-        later_here = here[:, :, None] & (later < SIZE)[None, None, :]
-        h_later = tl.load(state + place + (start + BLOCK_SIZE), mask=later_here, other=0.0)
+        h_later = tl.load(place + start + BLOCK_SIZE, mask=known[:, None] & (later < SIZE)[None, :], other=0.0)
         rate_here = known[:, None] & (now < SIZE)[None, :]
         rate = tl.load(A + channel[:, None] * SIZE + now[None, :], mask=rate_here, other=0.0)
-        B = _projected(partials, row, rows, RANK + now, now < SIZE, WIDTH, PARTS, STATE_PARTS).to(dtype).to(tl.float32)
-        C = _projected(partials, row, rows, RANK + SIZE + now, now < SIZE, WIDTH, PARTS, STATE_PARTS)
-        h = tl.exp(dt[:, :, None] * rate[None, :, :]) * h.to(tl.float32) + (dt * u)[:, :, None] * B[:, None, :]
-        y += tl.sum(h * C.to(dtype).to(tl.float32)[:, None, :], 2)
+        if projected is None:
+            B = _projected(partials, row, rows, RANK + now, now < SIZE, WIDTH, PARTS, STATE_PARTS).to(dtype)
+            C = _projected(partials, row, rows, RANK + SIZE + now, now < SIZE, WIDTH, PARTS, STATE_PARTS).to(dtype)
+        else:
+            shared = projected + row * projected_stride + RANK + now
+            B = tl.load(shared, mask=now < SIZE, other=0.0)
+            C = tl.load(shared + SIZE, mask=now < SIZE, other=0.0)
+        h = tl.exp(dt[:, None] * rate) * h.to(tl.float32) + (dt * u)[:, None] * B.to(tl.float32)[None, :]
+        y += tl.sum(h * C.to(tl.float32)[None, :], 1)
         tl.debug_barrier()  # no thread may write what another has yet to read
-        h_here = written[:, :, None] & (now < SIZE)[None, None, :]
-        tl.store(state + place + start, h.to(state.dtype.element_ty), mask=h_here)
+        tl.store(place + start, h.to(state.dtype.element_ty), mask=written[:, None] & (now < SIZE)[None, :])
         h = h_later
-    tl.store(out + row_place * out_stride + channel[None, :], (y * _silu(gate)).to(out.dtype.element_ty), mask=here)
+    tl.store(out + row * out_stride + channel, (y * _silu(gate)).to(out.dtype.element_ty), mask=known)
 
 
 # Mamba-2's recurrence
@@ -943,7 +1004,7 @@ def dual_plan(rows: int, heads: int, channels: int, size: int) -> ChannelPlan:
     block = min(_power_of_two(channels), max(8192 // columns, 1))
     while block > 4 and rows * heads * _blocks(channels, block) < 2 * _PROCESSORS:
         block //= 2
-    return ChannelPlan(1, block, min(max(block * columns // 2048, 1), 4))
+    return ChannelPlan(block, min(max(block * columns // 2048, 1), 4))
 
 
 def dual_step(

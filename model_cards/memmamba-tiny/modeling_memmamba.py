@@ -25,8 +25,8 @@ from .configuration_memmamba import MemMambaConfig
 from .decode_graph import CacheStep, FusedStep
 from .decode_kernels import dependent_launches
 from .mamba_mixer import MambaMixer
-from .note_kernels import can_step, note_step, readable_notes, readers_and_pools, renew_notes, renew_weights, step_weights
-from .note_memory import NoteMemory, Reading, StepState, tokens_read
+from .note_kernels import can_step, note_step, notes_by_layer, notes_of_layers, renew_notes, renew_weights, step_weights
+from .note_memory import NoteMemory, Reading, StepState, commit_layers, state_of_layer, states_in_one, tokens_read
 from .note_pool import Clock, Pool
 from .precision import at_least_float32
 from .recurrent_model import RecurrentForCausalLM, RecurrentModel, RecurrentPreTrainedModel, RMSNorm, is_filled
@@ -265,17 +265,18 @@ class MemMambaModel(RecurrentModel, MemMambaPreTrainedModel):
 
 class NotesStep(CacheStep):
     """A decoding step whose memories are outside of the cache, so that a chunk's end, which the host foresees, is the only
-    thing that has to be done in between."""
+    thing that has to be done in between. They lie in one tensor, so that it is done for all layers at once."""
 
     def __init__(self, model: Any, cache: Cache):
         super().__init__(model, cache)
         self.chunk = model.config.chunk_size
-        self.memories = [block.memory.step_state(cache) for block in model.backbone.layers]
+        self.memory = states_in_one([block.memory.step_state(cache) for block in model.backbone.layers])
+        self.memories = [state_of_layer(self.memory, layer) for layer in range(len(model.backbone.layers))]
         self.read = tokens_read(cache)
 
     def begin(self, model: Any, cache: Cache) -> None:
         super().begin(model, cache)
-        self.read = tokens_read(self.cache)
+        self.read = tokens_read(cache)  # of rows that nobody reads, chunks need not be committed
         for block, memory in zip(model.backbone.layers, self.memories, strict=True):
             for mine, theirs in zip(_parts(memory), _parts(block.memory.step_state(self.cache)), strict=True):
                 mine.copy_(theirs)
@@ -301,8 +302,7 @@ class NotesStep(CacheStep):
         return any(read % self.chunk == 0 for read in self.read)
 
     def upkeep(self, model: Any) -> None:
-        for block, memory in zip(model.backbone.layers, self.memories, strict=True):
-            block.memory.commit_step(memory)
+        commit_layers([block.memory for block in model.backbone.layers], self.memory)
 
 
 class FusedNotesStep(NotesStep, FusedStep):
@@ -317,7 +317,8 @@ class FusedNotesStep(NotesStep, FusedStep):
         super().__init__(model, cache)
         layers = model.backbone.layers
         self.weights = [step_weights(block.memory) for block in layers]
-        self.notes = [[readable_notes(*pair) for pair in readers_and_pools(block.memory, self.memories)] for block in layers]
+        self.readable = notes_of_layers([block.memory for block in layers], self.memory.pool)
+        self.notes = notes_by_layer(self.readable, len(layers))
 
     def begin(self, model: Any, cache: Cache) -> None:
         super().begin(model, cache)
@@ -331,9 +332,9 @@ class FusedNotesStep(NotesStep, FusedStep):
 
     def renew(self, model: Any) -> None:
         """Project the notes that can be read now."""
-        for block, notes in zip(model.backbone.layers, self.notes, strict=True):
-            for mine, pair in zip(notes, readers_and_pools(block.memory, self.memories), strict=True):
-                renew_notes(mine, *pair)
+        memories = [block.memory for block in model.backbone.layers]
+        for group in self.readable:
+            renew_notes(group, memories, self.memory.pool)
 
     def run(self, model: Any, tokens: torch.Tensor) -> torch.Tensor:
         hidden_states = model.backbone.embeddings(tokens[:, 0])

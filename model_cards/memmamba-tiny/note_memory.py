@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
@@ -222,17 +223,7 @@ class NoteMemory(nn.Module):
 
     def commit_step(self, state: StepState) -> None:
         """Commit the chunks of the rows where one has just ended."""
-        chunk = self.config.chunk_size
-        ended = state.read % chunk == 0
-        positions = ((state.read - chunk)[:, None] + torch.arange(chunk, device=ended.device)).unsqueeze(1)
-        scores = (state.opened.scores * ended[:, None]).unsqueeze(1)
-        pool = state.pool
-        index, present = best_before_each_chunk(self._ranks(pool.scores, pool.positions), self._ranks(scores, positions))
-        written = Pool(self._written(state.opened.notes.unsqueeze(1)).to(pool.notes.dtype), scores, positions)
-        for part, chosen in zip(pool, pools_of_chunks(pool, written, index, present), strict=True):
-            part.copy_(chosen[:, 1])
-        state.opened.notes.masked_fill_(ended[:, None, None], 0)
-        state.opened.scores.masked_fill_(ended[:, None], 0)
+        _commit(self.config, state, self._written(state.opened.notes.unsqueeze(1)).squeeze(1))
 
     def step_state(self, cache_params: Cache) -> StepState:
         """The memory in a filled cache, for steps."""
@@ -288,12 +279,6 @@ class NoteMemory(nn.Module):
         """Projected notes [B, n, C, F] -> as they are committed."""
         return self.note_norm(pool_over_window(notes, self.config.pooling, self.config.pooling_window))
 
-    def _ranks(self, scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        return priorities(
-            scores, positions, config.write_rule, config.recency_weight, config.write_period, config.write_span
-        )
-
     def _commit_chunks(
         self, pool: Pool, opened: OpenChunk, notes: torch.Tensor, scores: torch.Tensor, clock: Clock
     ) -> tuple[Pool, Pool, OpenChunk]:
@@ -303,7 +288,7 @@ class NoteMemory(nn.Module):
         written_scores = into_chunks(scores, clock, chunk, opened.scores)
         positions = positions_of_chunks(clock, chunk, notes.device)
         index, present = best_before_each_chunk(
-            self._ranks(pool.scores, pool.positions), self._ranks(written_scores, positions)
+            _ranks(self.config, pool.scores, pool.positions), _ranks(self.config, written_scores, positions)
         )
         written = Pool(self._written(raw).to(notes.dtype), written_scores, positions)
         pools = pools_of_chunks(pool, written, index, present)
@@ -362,6 +347,74 @@ class NoteMemory(nn.Module):
             scores,
             weights[rows, place, :, column].mean(1).masked_fill(nothing_read, 0),
         )
+
+
+def states_in_one(states: Sequence[StepState]) -> StepState:
+    """Copies of the layers' states in one: [layers, B, ...]; `state_of_layer` gives views of it."""
+    pools, opened, read = zip(*states, strict=True)
+    return StepState(
+        Pool(*(torch.stack(parts) for parts in zip(*pools, strict=True))),
+        OpenChunk(*(_in_one(parts) for parts in zip(*opened, strict=True))),
+        _in_one(read),
+    )
+
+
+def state_of_layer(state: StepState, layer: int) -> StepState:
+    """Of states [layers, B, ...] one layer's, which changes with them."""
+    pool, opened, read = state
+    return StepState(Pool(*(part[layer] for part in pool)), OpenChunk(*(part[layer] for part in opened)), read[layer])
+
+
+def new_in_one(layers: int, example: torch.Tensor) -> torch.Tensor:
+    """[layers, ...] like the example, not filled. Every layer's part begins where 16 bytes do: Triton compiles a kernel anew
+    for pointers that do not."""
+    size = example.numel()
+    return example.new_empty(layers, -(-size // 16) * 16)[:, :size].unflatten(1, example.shape)
+
+
+def _in_one(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    whole = new_in_one(len(parts), parts[0])
+    for mine, part in zip(whole, parts, strict=True):
+        mine.copy_(part)
+    return whole
+
+
+def commit_layers(memories: Sequence[NoteMemory], state: StepState) -> None:
+    """`NoteMemory.commit_step` of all layers at once, in as many operations as one takes.
+
+    Args:
+        memories: of one configuration.
+        state: [layers, B, ...].
+    """
+    config, norm = memories[0].config, memories[0].note_norm
+    notes = pool_over_window(state.opened.notes, config.pooling, config.pooling_window)
+    weights = torch.stack([memory.note_norm.weight for memory in memories])
+    normed = functional_call(norm, {"weight": torch.ones_like(norm.weight)}, (notes,))  # a norm weighs last, so layers can
+    _commit(config, state, weights[:, None, None] * normed)
+
+
+def _commit(config: Any, state: StepState, written: torch.Tensor) -> None:
+    """Commit the chunks that have just ended, of rows in any number of dimensions: their notes [..., C, F] as committed."""
+    chunk, rows = config.chunk_size, state.read.shape
+
+    def flat(part: torch.Tensor) -> torch.Tensor:
+        return part.flatten(0, len(rows) - 1)
+
+    read, pool = flat(state.read), Pool(*(flat(part) for part in state.pool))
+    ended = read % chunk == 0
+    positions = ((read - chunk)[:, None] + torch.arange(chunk, device=read.device)).unsqueeze(1)
+    scores = (flat(state.opened.scores) * ended[:, None]).unsqueeze(1)
+    index, present = best_before_each_chunk(_ranks(config, pool.scores, pool.positions), _ranks(config, scores, positions))
+    new = Pool(flat(written).unsqueeze(1).to(pool.notes.dtype), scores, positions)
+    for part, chosen in zip(state.pool, pools_of_chunks(pool, new, index, present), strict=True):
+        part.copy_(chosen[:, 1].unflatten(0, rows))
+    ended = ended.unflatten(0, rows)
+    state.opened.notes.masked_fill_(ended[..., None, None], 0)
+    state.opened.scores.masked_fill_(ended[..., None], 0)
+
+
+def _ranks(config: Any, scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return priorities(scores, positions, config.write_rule, config.recency_weight, config.write_period, config.write_span)
 
 
 def _as_floats(count: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,12 +4,14 @@
     h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]          y[t] = C[t] h[t] + D x[t],  then  y * silu(z)
 
 Shapes: `B` batch, `L` tokens, `E` channels, `N` state size. Sequences are [B, L, E] and [B, L, N]; the state is [B, E, N]
-in float32 (float64 if x is float64). `dt` is the final step size, after bias and softplus. A position with dt = 0 leaves
-the state as it is: that is how pads are passed, on either side.
+in float32 (float64 if x is float64). A position with dt = 0 leaves the state as it is: that is how pads are passed, on
+either side.
 
-`selective_scan` picks the way: mamba-ssm's CUDA kernel, or a blocked scan in plain torch that has no loop over tokens.
+`selective_scan` picks the way: without gradients the Triton kernel of scan_kernels.py, else mamba-ssm's CUDA kernel, else a
+blocked scan in plain torch that has no loop over tokens.
 """
 
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -17,8 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .optional_kernels import usable_kernel
-from .precision import state_dtype, without_autocast
+from .optional_kernels import kernels_enabled, usable_kernel
+from .precision import at_least_float32, state_dtype, without_autocast
+from .scan_kernels import can_scan, scan_forward
 
 
 def selective_scan_naive(
@@ -30,10 +33,14 @@ def selective_scan_naive(
     D: torch.Tensor | None = None,
     z: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    softplus: bool = False,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Reference of `selective_scan`: the formula as written, one token after the other."""
     dtype = state_dtype(x)
     out_dtype = x.dtype
+    dt = _step_size(dt, dt_bias, softplus, lengths)
     x, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
     state = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.to(dtype)
     outputs = []
@@ -55,25 +62,41 @@ def selective_scan(
     z: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     return_final_state: bool = True,
+    dt_bias: torch.Tensor | None = None,
+    softplus: bool = False,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The scan, whichever way is fastest where the tensors are.
 
     Args:
         x: [B, L, E], any strides, any float dtype.
-        dt: [B, L, E], step sizes >= 0; 0 passes a pad.
+        dt: [B, L, E], step sizes, >= 0 after bias and softplus; 0 passes a pad.
         A: [E, N], negative.
         B, C: [B, L, N].
         D: [E], the skip connection, or None.
         z: [B, L, E], the gate before its silu, or None.
         initial_state: [B, E, N] (None: zeros). Gradients flow to it.
         return_final_state: without it the state may be skipped, which is faster in training.
+        dt_bias: [E], added to dt in float32 at least, or None.
+        softplus: dt, with its bias, goes through softplus.
+        lengths: [B] long, tokens of each row; behind them are pads, where dt becomes 0 and y is arbitrary. None: all L.
 
     Returns:
         y [B, L, E] in x's dtype and the final state [B, E, N] (None if not asked for), both with gradients.
     """
-    kernel = usable_kernel("selective_scan", x, dt, A, B, C, D, z, initial_state)
+    tensors = (x, dt, A, B, C, D, z, initial_state, dt_bias)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if kernels_enabled() and not needs_gradient and not torch.compiler.is_compiling() and can_scan(*tensors):
+        result = _scan_triton(x, dt, A.float(), B, C, D, z, initial_state, dt_bias, softplus, lengths)
+        if result is not None:
+            return result[0], result[1] if return_final_state else None
+    kernel = usable_kernel("selective_scan", *tensors)
     if kernel is not None and x.dtype != torch.float64 and A.shape[-1] <= 256 and x.shape[1] > 0:
+        if _takes_raw_steps(x, A, initial_state, return_final_state and needs_gradient):
+            return _scan_cuda(kernel, x, dt, A, B, C, D, z, None, return_final_state, dt_bias, softplus, lengths)
+        dt = _step_size(dt, dt_bias, softplus, lengths)
         return _scan_cuda(kernel, x, dt, A, B, C, D, z, initial_state, return_final_state)
+    dt = _step_size(dt, dt_bias, softplus, lengths)
     dtype = state_dtype(x)
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], *A.shape, dtype=dtype)
@@ -82,6 +105,32 @@ def selective_scan(
             x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype), initial_state.to(dtype)
         )
     return _skip_and_gate(y, x.to(dtype), D, z).to(x.dtype), final_state
+
+
+def wants_length_fastest(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether what is made of x and a weight will go through mamba-ssm's kernel with gradients, which copies every sequence
+    whose fastest dimension is not the length, forwards and backwards."""
+    return (
+        torch.is_grad_enabled()
+        and (x.requires_grad or weight.requires_grad)
+        and x.shape[1] > 1
+        and x.dtype != torch.float64
+        and not torch.compiler.is_compiling()
+        and usable_kernel("selective_scan", x, weight) is not None
+    )
+
+
+def linear_by_length(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, parts: int = 1
+) -> tuple[torch.Tensor, ...]:
+    """F.linear cut into equal parts, each [B, L, O / parts], with L and then B as the fastest dimensions.
+
+    So neither the scan behind it nor the products behind that have to copy anything: rows and tokens are one dimension.
+    """
+    y = torch.matmul(weight, x.flatten(0, 1).t())
+    if bias is not None:
+        y = y + bias.unsqueeze(1)
+    return tuple(part.unflatten(1, x.shape[:2]).permute(1, 2, 0) for part in y.chunk(parts))
 
 
 def selective_scan_step(
@@ -107,6 +156,40 @@ def selective_scan_step(
     with without_autocast(x):
         y = torch.matmul(state, C.to(dtype).unsqueeze(-1)).squeeze(-1)
     return _skip_and_gate(y, x.to(dtype), D, z).to(x.dtype)
+
+
+_triton_fails = False
+
+
+def _scan_triton(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """`scan_forward`, or None once it could not be compiled or launched: without a C compiler Triton imports, but fails."""
+    global _triton_fails
+    if _triton_fails:
+        return None
+    try:
+        return scan_forward(*arguments)
+    except (ValueError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        _triton_fails = True
+        warnings.warn(f"Prefill without the own scan kernel: it cannot run here ({error}).", stacklevel=3)
+        return None
+
+
+def _step_size(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool, lengths: torch.Tensor | None) -> torch.Tensor:
+    """The final dt, in float32 at least if bias or softplus act."""
+    if bias is not None:
+        dt = at_least_float32(dt) + bias
+    if softplus:
+        dt = F.softplus(at_least_float32(dt))
+    return _with_pads(dt, lengths, 0.0)
+
+
+def _with_pads(dt: torch.Tensor, lengths: torch.Tensor | None, value: float) -> torch.Tensor:
+    if lengths is None:
+        return dt
+    pads = torch.arange(dt.shape[1], device=dt.device) >= lengths[:, None]
+    return dt.masked_fill(pads.unsqueeze(-1), value)
 
 
 def _skip_and_gate(y: torch.Tensor, x: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None) -> torch.Tensor:
@@ -276,13 +359,38 @@ class _Block:
 _PSEUDO_STEP = 2.0**-20  # so small that exp(_PSEUDO_STEP * A * N) stays near 1; a power of two divides exactly
 
 
-def _scan_cuda(
-    kernel: Callable[..., Any], x, dt, A, B, C, D, z, initial_state, return_final_state: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _takes_raw_steps(
+    x: torch.Tensor, A: torch.Tensor, initial_state: torch.Tensor | None, state_with_gradient: bool
+) -> bool:
+    """Whether the kernel runs once, on the tokens alone: it can then add bias, softplus and pads itself."""
+    return initial_state is None and not state_with_gradient and not _too_long(x, A)
+
+
+def _too_long(x: torch.Tensor, A: torch.Tensor) -> bool:
+    """The kernel counts elements in 32 bits."""
     batch, length, channels = x.shape
+    return length > 1 and batch * channels * (length + 2 * A.shape[-1]) >= 2**31
+
+
+def _scan_cuda(
+    kernel: Callable[..., Any],
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    initial_state,
+    return_final_state: bool,
+    dt_bias: torch.Tensor | None = None,
+    softplus: bool = False,
+    lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """mamba-ssm's kernel. Bias, softplus and lengths only where it `_takes_raw_steps`."""
+    _, length, _ = x.shape
     size = A.shape[-1]
-    halves = batch * channels * (length + 2 * size) >= 2**31  # the kernel counts elements in 32 bits
-    if halves and length > 1:
+    if _too_long(x, A):
         cut = length // 2
         first, second = ([t if t is None else t[:, s] for t in (x, dt, B, C, z)] for s in (slice(cut), slice(cut, None)))
         y1, state = _scan_cuda(kernel, first[0], first[1], A, first[2], first[3], D, first[4], initial_state, True)
@@ -300,6 +408,10 @@ def _scan_cuda(
         x, dt, B, C = (tensor.float() for tensor in (x, dt, B, C))
         x, dt, B, C = _with_state_tokens(x, dt, A, B, C, initial_state, lead, trail)
     else:
+        if not softplus:
+            dt, dt_bias = _step_size(dt, dt_bias, False, None), None
+        # What softplus makes 0 at pads, in any dtype.
+        dt = _with_pads(dt, lengths, -torch.inf if softplus else 0.0)
         dt, B, C = (tensor.to(x.dtype) for tensor in (dt, B, C))
     with torch.cuda.device(x.device):
         result = kernel(
@@ -310,6 +422,8 @@ def _scan_cuda(
             C.transpose(1, 2),
             None if D is None or lead or trail else D.float(),
             z=None if z is None or lead or trail else z.to(x.dtype).transpose(1, 2),
+            delta_bias=None if dt_bias is None else dt_bias.float(),
+            delta_softplus=softplus,
             return_last_state=return_final_state and not trail,
         )
     y, final_state = result if isinstance(result, tuple) else (result, None)

@@ -13,22 +13,25 @@ import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .decode_graph import RUNS_AHEAD, CacheStep, EagerStep, FusedStep, decode, graphs_of, why_not_graphed
 from .recurrent_passes import Progress, check_chunk_length, check_no_empty_prompt, check_token_ids
+from .token_loss import loss_kernels_run, token_loss
 
 
 class GenerateCall(NamedTuple):
     """What a call of `generate` knows and transformers does not pass on to what runs inside.
 
-    cuda_graph: as given.
+    cuda_graph, state_dtype: as given.
     keeps_cache: the caller has the cache, and may continue it.
     prompt_columns: of the prompt as given; None outside of `generate`.
     prompt_copies: how many rows are made of every row of the prompt.
     columns_read: how many columns of the prompt the cache has read already.
     """
 
-    cuda_graph: bool | None = False
+    cuda_graph: bool | None = None
+    state_dtype: torch.dtype | None = None
     keeps_cache: bool = False
     prompt_columns: int | None = None
     prompt_copies: int = 1
@@ -53,7 +56,8 @@ class RecurrentGenerationMixin(GenerationMixin):
         *args: Any,
         prefill_chunk_length: int | None = None,
         prefill_progress: Progress | None = None,
-        cuda_graph: bool | None = False,
+        cuda_graph: bool | None = None,
+        state_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' `generate`, which reads the prompt in chunks and continues caches exactly.
@@ -66,8 +70,12 @@ class RecurrentGenerationMixin(GenerationMixin):
                 memory for activations bounded by the chunk. Default: chunks of 32,768.
             prefill_progress (`Callable[[int, int], Any]`, *optional*): called after every chunk with the tokens read and
                 the tokens to read.
-            cuda_graph (`bool`, *optional*, defaults to `False`): decode with captured steps (decode_graph.py), with the same
-                result. True raises where it is not possible; None does it where it is possible and worth the capture.
+            cuda_graph (`bool`, *optional*): decode with captured steps (decode_graph.py). The same result but for rounding,
+                several times as fast. None does it where it is possible and worth the capture, False never; True raises
+                where it is not possible.
+            state_dtype (`torch.dtype`, *optional*): of the recurrent state while captured steps decode, such as
+                `torch.bfloat16`: less memory traffic for large batches, and a state that is rounded after every token.
+                Default: as the prompt leaves it, in float32. Raises where steps cannot be captured.
 
         Returns:
             What `GenerationMixin.generate` returns.
@@ -88,11 +96,14 @@ class RecurrentGenerationMixin(GenerationMixin):
             _check_prompt(prompt, kwargs.get("attention_mask"), self.config.vocab_size)
         if prefill_chunk_length is not None:
             check_chunk_length(prefill_chunk_length)
+        if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"state_dtype must be torch.float32, torch.bfloat16 or torch.float16, got {state_dtype!r}.")
         note, repeated = _continuation(cache, prompt)
         filled = cache is not None and cache.has_previous_state()
         beams = _first_given("num_beams", kwargs, *generation_configs)
         call = GenerateCall(
             cuda_graph,
+            state_dtype,
             keeps_cache=cache is not None,
             prompt_columns=1 if prompt is None else prompt.shape[1],
             prompt_copies=self.prompt_copies(generation_config, kwargs),
@@ -135,6 +146,9 @@ class RecurrentGenerationMixin(GenerationMixin):
             reason = "the processes of a sharded model have to keep step"
         if call.cuda_graph and reason:
             raise ValueError(f"cuda_graph=True is not possible: {reason}. Leave it out to decode without.")
+        if call.state_dtype is not None and (reason or call.cuda_graph is False):
+            reason = reason or "cuda_graph=False was given"
+            raise ValueError(f"state_dtype={call.state_dtype} needs captured steps, but {reason}. Leave it out.")
         if reason or call.cuda_graph is False:
             loop = super()._sample
             return loop(
@@ -143,7 +157,8 @@ class RecurrentGenerationMixin(GenerationMixin):
         output = self._prefill(input_ids, generation_config, model_kwargs)
         cache = output.cache_params
         steps = stopping_criteria.max_length - input_ids.shape[1] - 1
-        step = graphs_of(self).step(self, cache, steps, insist=bool(call.cuda_graph)) or EagerStep(self, cache)
+        insist = bool(call.cuda_graph) or call.state_dtype is not None
+        step = graphs_of(self).step(self, cache, steps, insist, call.state_dtype) or EagerStep(self, cache)
         keeps_cache = call.keeps_cache or generation_config.return_dict_in_generate
         sequences, scores, logits = decode(
             step,
@@ -237,13 +252,29 @@ class RecurrentGenerationMixin(GenerationMixin):
         return output
 
     def language_modeling_loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """transformers' loss of shifted labels, which would compute in float32 what a float64 model gives it."""
-        if logits.dtype != torch.float64:
+        """transformers' loss of shifted labels, or whatever `loss_function` was set to.
+
+        transformers' own computes in float32 what a float64 model gives it, and copies narrow logits to float32.
+        `token_loss` does neither, and takes its place where that matters.
+        """
+        asked = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+        narrow = logits.dtype in (torch.bfloat16, torch.float16) and loss_kernels_run(logits)
+        replaced = self.loss_function is ForCausalLMLoss and asked.keys() <= _LOSS_ARGUMENTS
+        if not replaced or not (narrow or logits.dtype == torch.float64):
             return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
-        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), shifted, reduction="sum")
-        items = kwargs.get("num_items_in_batch")
-        return total / ((shifted != -100).sum() if items is None else items)
+        ignored = asked.get("ignore_index", -100)
+        shifted = asked.get("shift_labels")
+        if shifted is None:
+            shifted = torch.nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:]
+        shifted = shifted.flatten().to(logits.device)
+        total = token_loss(logits.flatten(0, -2), shifted, ignored)
+        items = asked.get("num_items_in_batch")
+        if items is None:
+            return total / (shifted != ignored).sum()
+        return total / (items.to(total.device) if isinstance(items, torch.Tensor) else items)
+
+
+_LOSS_ARGUMENTS = {"num_items_in_batch", "ignore_index", "shift_labels"}  # of transformers' loss, which ignores others
 
 
 def _first_given(name: str, kwargs: dict[str, Any], *generation_configs: Any) -> int:

@@ -19,6 +19,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .causal_convolution import causal_conv1d, causal_conv1d_step
+from .decode_kernels import norm_in_one_kernel
 from .precision import at_least_float32
 from .recurrent_generation import RecurrentGenerationMixin
 from .recurrent_passes import PackedRows, RecurrentBackbone, check_shapes, check_token_ids
@@ -42,6 +43,10 @@ class RMSNorm(OwnStart):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (y := norm_in_one_kernel(x, self.weight, self.eps)) is not None:
+            return y
+        if x.is_cuda and x.dtype == self.weight.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # the same, with a backward pass in one kernel
         x = at_least_float32(x)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * x.to(self.weight.dtype)
@@ -100,12 +105,7 @@ class RecurrentMixer(OwnStart):
     def convolution_is_plain(self) -> bool:
         """Whether the convolution is what its weights say: not wrapped by an adapter, quantised, offloaded or hooked."""
         module = self.conv1d
-        return (
-            type(module) is nn.Conv1d
-            and not hasattr(module, "_hf_hook")
-            and not module._forward_hooks
-            and not module._forward_pre_hooks
-        )
+        return type(module) is nn.Conv1d and is_unhooked(module)
 
     def convolve(
         self, x: torch.Tensor, state: torch.Tensor | None, lengths: torch.Tensor | None
@@ -152,6 +152,11 @@ class RecurrentMixer(OwnStart):
     def decodes(hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> bool:
         """Whether a pass that continues a cache is one decoding step: a single token of every row, without gradients."""
         return hidden_states.shape[1] == 1 and lengths is None and not torch.is_grad_enabled()
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling the module runs its `forward` and nothing else."""
+    return not (hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks)
 
 
 def without_pads(dt: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -331,7 +336,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
         hidden_states = output.last_hidden_state
         if isinstance(logits_to_keep, torch.Tensor) and labels is None:
             hidden_states = hidden_states[:, logits_to_keep]
-        logits = at_least_float32(self.lm_head(hidden_states))
+        logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:  # of all columns, whatever is returned of them
             loss = self.language_modeling_loss(logits, labels, **kwargs)
@@ -343,6 +348,8 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, RecurrentGenerationMixin):
                 logits = logits[:, logits_to_keep]
             elif logits_to_keep:
                 logits = logits[:, -logits_to_keep:]
+        if loss is None or not self.training:  # a copy of a batch's logits in float32 would be the largest tensor of a step
+            logits = at_least_float32(logits)
         others = {name: value for name, value in output.items() if name != "last_hidden_state"}
         result = self.output_class(loss=loss, logits=logits, **others)
         return result if _wants_dict(self.config, return_dict) else result.to_tuple()

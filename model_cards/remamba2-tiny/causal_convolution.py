@@ -54,7 +54,7 @@ def causal_conv1d(
     """
     final_state = _final_state(x, weight.shape[-1], initial_state, lengths)
     kernel = usable_kernel("causal_convolution", x, weight, bias, initial_state)
-    if kernel is not None and _kernel_takes(x, weight):
+    if kernel is not None and _kernel_takes(x, weight, initial_state):
         y = _convolve_cuda(kernel, x, weight, bias, initial_state)
     else:
         y = _convolve_torch(x, weight, bias, initial_state)
@@ -105,13 +105,15 @@ def _convolve_torch(
     return F.silu(y if bias is None else y + bias.to(x.dtype))
 
 
-def _kernel_takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """causal-conv1d's channel-last kernel: widths 2 to 4, strides in multiples of 8, 32-bit offsets, no float64."""
+def _kernel_takes(x: torch.Tensor, weight: torch.Tensor, initial_state: torch.Tensor | None) -> bool:
+    """causal-conv1d's kernels: widths 2 to 4, 32-bit offsets, no float64. One wants the length to be the fastest dimension
+    and no state, the other the channels, and strides in multiples of 8."""
+    if not (2 <= weight.shape[-1] <= 4 and x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.shape[1] > 0):
+        return False
+    if x.stride(1) == 1 and x.shape[1] > 1 and initial_state is None:
+        return x.shape[2] * x.stride(2) < 2**31
     return (
-        2 <= weight.shape[-1] <= 4
-        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and x.stride(2) == 1
-        and x.shape[1] > 0
+        x.stride(2) == 1
         and x.shape[2] % 8 == 0
         and x.stride(0) % 8 == 0
         and x.stride(1) % 8 == 0

@@ -119,29 +119,44 @@ class GraphedStep:
         model: in evaluation mode, on one CUDA device.
         cache: filled; its states serve as an example.
         rows: of the graph; more than the cache's, those beyond are copies that nobody reads.
+        state_dtype: of the recurrent states meanwhile; None: as they are.
+
+    Raises:
+        ValueError: another `state_dtype`, and the step cannot be fused.
     """
 
-    def __init__(self, model: Any, cache: Cache, rows: int):
+    def __init__(self, model: Any, cache: Cache, rows: int, state_dtype: torch.dtype | None = None):
         device = model.device
         self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.taken = len(next(_tensors(cache)))
         states = copy.deepcopy(cache)
         states.reorder_cache(torch.arange(rows, device=device).clamp(max=self.taken - 1))
-        self.step: CacheStep = model.step_to_capture(states, fused=can_be_fused(model, rows))
-        self.graph, self.upkeep = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        fused = can_be_fused(model, rows)
+        if state_dtype is not None:
+            if not fused:
+                raise ValueError(
+                    f"state_dtype={state_dtype} needs a step in fused kernels, which this model's layers or {rows} rows do "
+                    "not allow. Leave it out."
+                )
+            for layer in states.layers:
+                layer.recurrent_states[0] = layer.recurrent_states[0].to(state_dtype)
+        self.step: CacheStep = model.step_to_capture(states, fused=fused)
+        self.graph = torch.cuda.CUDAGraph()
+        self.upkeep = torch.cuda.CUDAGraph() if type(self.step).upkeep is not CacheStep.upkeep else None
         with torch.cuda.device(device):
             try:
                 self._warm_up(model)
             except Exception as error:
-                if not isinstance(self.step, FusedStep):
+                if not isinstance(self.step, FusedStep) or state_dtype is not None:
                     raise
                 warnings.warn(f"Decoding without fused kernels: they cannot run here ({error}).", stacklevel=2)
                 self.step = model.step_to_capture(states, fused=False)
                 self._warm_up(model)
             with torch.cuda.graph(self.graph):
                 self.logits = self.step.run(model, self.tokens)
-            with torch.cuda.graph(self.upkeep):
-                self.step.upkeep(model)
+            if self.upkeep is not None:
+                with torch.cuda.graph(self.upkeep):
+                    self.step.upkeep(model)
 
     def _warm_up(self, model: Any) -> None:
         """Kernels are compiled, and workspaces allocated, before the capture."""
@@ -162,7 +177,7 @@ class GraphedStep:
         """tokens [B] long -> logits [B, V] float32, which the next step overwrites."""
         self.tokens[: self.taken, 0].copy_(tokens)
         self.graph.replay()
-        if self.step.needs_upkeep():
+        if self.upkeep is not None and self.step.needs_upkeep():
             self.upkeep.replay()
         return self.logits[: self.taken]
 
@@ -178,8 +193,14 @@ class DecodeGraphs:
         self.weights: tuple[int, ...] = ()
         self.graphs: OrderedDict[Any, GraphedStep] = OrderedDict()
 
-    def step(self, model: Any, cache: Cache, tokens: int, insist: bool = False) -> GraphedStep | None:
-        """A step that continues a cache, or None if for so few `tokens` it is not worth its capture (`insist`: it is)."""
+    def step(
+        self, model: Any, cache: Cache, tokens: int, insist: bool = False, state_dtype: torch.dtype | None = None
+    ) -> GraphedStep | None:
+        """A step that continues a cache, or None if for so few `tokens` it is not worth its capture (`insist`: it is).
+
+        Args:
+            state_dtype: of the recurrent states meanwhile; None: as they are.
+        """
         reusable = _is_ours(model)
         weights = tuple(parameter.data_ptr() for parameter in model.parameters())
         if weights != self.weights or not reusable:
@@ -187,14 +208,14 @@ class DecodeGraphs:
             self.weights = weights
         shapes = [tensor.shape[1:] for tensor in _tensors(cache)]
         rows = _bucket(len(next(_tensors(cache))))
-        key = rows, tuple(tensor.dtype for tensor in _tensors(cache)), tuple(shapes)
+        key = rows, tuple(tensor.dtype for tensor in _tensors(cache)), tuple(shapes), state_dtype
         if key not in self.graphs:
             if tokens < WORTH_CAPTURING and not insist:
                 return None
             while len(self.graphs) >= MOST_GRAPHS:
                 self.graphs.popitem(last=False)
             try:
-                self.graphs[key] = GraphedStep(model, cache, rows)
+                self.graphs[key] = GraphedStep(model, cache, rows, state_dtype)
             except RuntimeError as error:
                 if insist:
                     raise

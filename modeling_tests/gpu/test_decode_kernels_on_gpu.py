@@ -15,6 +15,7 @@ from modeling_tests.modeling.test_decode_kernels import (
     check_convolution,
     check_dual_step,
     check_model_step,
+    check_norm,
     check_norm_linear,
     check_rounding,
     check_selective_step,
@@ -93,6 +94,12 @@ def test_norm_linear_however_it_is_cut(plan):
             )
 
 
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_norm_alone(dtype, gate):
+    check_norm(CUDA, dtype, gate)
+
+
 @pytest.mark.parametrize("rows", [1, 4, 64])
 def test_the_norm_is_rounded_as_the_modules_round_it(rows):
     check_rounding(CUDA, torch.bfloat16, (rows, 512, 1024))
@@ -121,6 +128,8 @@ def test_convolution(width, rows, dtype):
         (40, 128, 9, 3),
         (1536, 16, 48, 48),
         (5120, 16, 160, 40),
+        (5120, 16, 160, 0),
+        (99, 6, 7, 0),
     ],
 )
 def test_selective_step(channels, size, rank, parts, rows, dtype):
@@ -146,14 +155,14 @@ def test_narrow_states_and_biases():
         check_dual_step(CUDA, torch.bfloat16, (rows, 8, 64, 128, 1), **narrow)
 
 
-@pytest.mark.parametrize("plan", [ChannelPlan(1, 16, 1), ChannelPlan(1, 128, 8), ChannelPlan(16, 16, 4)], ids=str)
+@pytest.mark.parametrize("plan", [ChannelPlan(16, 1), ChannelPlan(128, 8), ChannelPlan(32, 4)], ids=str)
 def test_steps_however_they_are_cut(plan):
     for rows in (1, 3, 20):
         given: dict[str, Any] = dict(active=True, plan=plan, compare=noted(torch.bfloat16))
         check_convolution(CUDA, torch.bfloat16, (rows, 300, 4), projected=40, **given)
         check_selective_step(CUDA, torch.bfloat16, (rows, 300, 16, 20), **given)
-        if plan.rows == 1:
-            check_dual_step(CUDA, torch.bfloat16, (rows, 4, 100, 64, 2), **given)
+        check_selective_step(CUDA, torch.bfloat16, (rows, 300, 16, 20), parts=0, **given)
+        check_dual_step(CUDA, torch.bfloat16, (rows, 4, 100, 64, 2), **given)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17])

@@ -15,11 +15,13 @@ from modeling_tests.modeling.test_note_kernels import (
     Case,
     KernelStep,
     Sizes,
+    assert_same_notes,
     check_model_steps,
     check_rounding,
+    rounding_of_the_modules,
     run_case,
 )
-from modeling_tests.modeling.tiny_models import assert_same_memory, random_rows, tiny_memmamba
+from modeling_tests.modeling.tiny_models import random_rows, tiny_memmamba
 from remamba_hf.modeling.decode_graph import EagerStep
 from remamba_hf.modeling.decode_kernels import LinearPlan, dependent_launches, kernels_can_run
 from remamba_hf.modeling.note_kernels import ReadingPlan, note_step
@@ -27,6 +29,9 @@ from remamba_hf.modeling.note_kernels import ReadingPlan, note_step
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
+# Of float32 logits over steps of a tiny model. Its kernels miss float64 by 6e-7 each at most, which its layers amplify, as
+# they do the modules' rounding: on a CPU these miss float64 by up to 7e-6. Measured on an H200: 8e-6.
+LIMIT_OF_STEPS = 3e-5
 DTYPES = [torch.float32, torch.bfloat16]  # float16 is compiled to the same as bfloat16 but for its name
 
 
@@ -77,13 +82,13 @@ def test_results_are_rounded_where_the_modules_round(rows):
 @pytest.mark.parametrize("lengths", [(7,), (3, 9), (1, 6, 11, 4, 8, 2, 5)], ids=len)
 def test_a_model_s_steps(lengths):
     for settings in ({}, dict(note_size=64, note_heads=4, pool_size=50, residual_in_fp32=False)):
-        check_model_steps(CUDA, lengths, 14, compare=noted(torch.float32), **settings)
+        check_model_steps(CUDA, lengths, 14, compare=noted(torch.float32), limit=LIMIT_OF_STEPS, **settings)
 
 
 def test_the_second_device_while_the_first_is_current():
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
-    check_model_steps(torch.device("cuda:1"), (3, 9), 10, compare=noted(torch.float32))
+    check_model_steps(torch.device("cuda:1"), (3, 9), 10, compare=noted(torch.float32), limit=LIMIT_OF_STEPS)
 
 
 @pytest.mark.parametrize("rows", [1, 7])
@@ -128,7 +133,11 @@ class Captured:
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_captured_steps_are_those_of_the_modules(rows):
-    """Twice from the same states, with weights that have changed in between."""
+    """Twice from the same states, with weights that have changed in between.
+
+    Weights that far from their start amplify float32's rounding, so the limit is three times what that alone does to the
+    modules (measured on a CPU: modules 1e-5 to 8e-5 beside float64, the kernels' references up to 1e-5 beside the modules).
+    """
     settings = dict(hidden_size=64, note_size=64, note_heads=4, pool_size=20, num_hidden_layers=5, state_size=16)
     model = tiny_memmamba(torch.float32, **settings).to(CUDA)
     ids = torch.stack(random_rows([6] * rows)).to(CUDA)
@@ -137,13 +146,14 @@ def test_captured_steps_are_those_of_the_modules(rows):
         example = model(ids, use_cache=True).cache_params
         captured = Captured(model, example, rows)
         for _ in range(2):
+            allowed = 3 * rounding_of_the_modules(model, ids, tokens)
+            assert allowed < 1e-3
             mine, expected = (model(ids, use_cache=True).cache_params for _ in range(2))
             captured.step.begin(model, mine)
             eager = EagerStep(model, expected)
-            for at in range(14):
-                value, wanted = captured(tokens[:, at]), eager(tokens[:, at])
-                note("captured steps of MemMamba, logits", value, wanted, 1e-5)
+            logits, wanted = (torch.stack([step(tokens[:, at]).clone() for at in range(14)]) for step in (captured, eager))
+            note("captured steps of MemMamba, logits", logits, wanted, allowed)
             captured.step.end(model, mine)
-            assert_same_memory(mine, expected, 1e-5)
+            assert_same_notes(mine, expected, allowed, model.config)
             for parameter in model.parameters():
                 parameter.mul_(1.05)

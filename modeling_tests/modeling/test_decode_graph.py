@@ -55,7 +55,7 @@ def own_loop(monkeypatch):
             return super().__call__(tokens)
 
     monkeypatch.setattr(recurrent_generation, "why_not_graphed", lambda *arguments: "")
-    monkeypatch.setattr(DecodeGraphs, "step", lambda self, model, cache, tokens, insist=False: Counted(model, cache))
+    monkeypatch.setattr(DecodeGraphs, "step", lambda graphs, model, cache, *how: Counted(model, cache))
     return steps
 
 
@@ -169,6 +169,14 @@ def test_what_cannot_be_captured_says_why_or_decodes_without(wanted):
         assert model.generate(ids, **call).shape == (1, 11)
 
 
+def test_a_narrow_state_needs_captured_steps():
+    model, ids = tiny_model(), random_rows((8,))[0][None]
+    with pytest.raises(ValueError, match=r"state_dtype=torch\.bfloat16 needs captured steps, but the model is on 'cpu'"):
+        model.generate(ids, max_new_tokens=3, state_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"state_dtype must be .*, got torch\.int8"):
+        model.generate(ids, max_new_tokens=3, state_dtype=torch.int8)
+
+
 class OnCuda:
     """A model as far as `why_not_graphed` looks, said to be on a GPU."""
 
@@ -225,8 +233,8 @@ def test_adapters_are_captured_but_not_kept():
 class FakeGraph:
     made = itertools.count()
 
-    def __init__(self, model, cache, rows):
-        self.rows, self.number = rows, next(FakeGraph.made)
+    def __init__(self, model, cache, rows, state_dtype):
+        self.rows, self.state_dtype, self.number = rows, state_dtype, next(FakeGraph.made)
 
     def begin_at(self, model, cache):
         self.loaded = cache
@@ -253,6 +261,10 @@ def test_graphs_are_reused_bounded_and_forgotten(monkeypatch):
     assert len(graphs.graphs) == decode_graph.MOST_GRAPHS
     assert graphs.step(model, cache_of(model, 1), tokens=100) is not first, "the one used longest ago has gone"
     kept = graphs.step(model, cache_of(model, 2), tokens=100)
+    narrow = graphs.step(model, cache_of(model, 2), 100, state_dtype=torch.bfloat16)
+    assert narrow is not kept
+    assert narrow.state_dtype == torch.bfloat16, "a state in another dtype is another graph"
+    assert graphs.step(model, cache_of(model, 2), tokens=100) is kept
     model.backbone.norm_f.weight.data = model.backbone.norm_f.weight.data.clone()
     assert graphs.step(model, cache_of(model, 2), tokens=100) is not kept, "a weight stands elsewhere"
     assert len(graphs.graphs) == 1

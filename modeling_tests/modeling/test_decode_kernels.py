@@ -31,13 +31,17 @@ from remamba_hf.modeling.decode_kernels import (
     dual_step_naive,
     kernels_can_run,
     linear_plan,
+    norm_in_one_kernel,
     norm_linear,
     norm_linear_naive,
     projection_plan,
-    selective_plan,
     selective_step,
     selective_step_naive,
+    selective_update,
+    selective_update_naive,
+    update_plan,
 )
+from remamba_hf.modeling.optional_kernels import without_kernels
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -239,6 +243,35 @@ def test_norm_linear_however_it_is_cut(plan, norm):
         check_norm_linear(CPU, torch.float32, (count, 50, 100), norm=norm, gate=norm, groups=2 if norm else 1, plan=plan)
 
 
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_norm_alone(dtype, gate):
+    check_norm(CPU, dtype, gate)
+
+
+def check_norm(device: torch.device, dtype: torch.dtype, gate: bool) -> None:
+    """`norm_in_one_kernel` of rows that lie apart, and where it leaves the work to others."""
+    numbers = Numbers(device, dtype)
+    for shape, groups in (((2, 5, 48), 3), ((7, 70), 1), ((1, 1, 5000), 1)):
+        wide = numbers.normal(*shape[:-1], shape[-1] + 8)
+        x, other = wide[..., 4:-4], numbers.normal(*shape) if gate else None
+        weight = numbers.normal(shape[-1], scale=0.3, mean=1.0)
+        y = norm_in_one_kernel(x, weight, 1e-3, other, groups)
+        assert (y is not None) == kernels_can_run(device)
+        if y is None:
+            continue
+        flat = x.flatten(0, -2).double(), None if other is None else other.flatten(0, -2).double()
+        same = torch.eye(shape[-1], dtype=torch.float64, device=device)
+        expected = norm_linear_naive(flat[0], same, None, weight.double(), 1e-3, flat[1], groups).view(shape)
+        assert y.dtype == dtype
+        assert_near("norm", y, expected, CAPS[dtype])
+        assert norm_in_one_kernel(x, weight.requires_grad_(), 1e-3, other, groups) is None, "it has no backward pass"
+        with torch.no_grad():
+            assert norm_in_one_kernel(x, weight, 1e-3, other, groups) is not None
+            with without_kernels():
+                assert norm_in_one_kernel(x, weight, 1e-3, other, groups) is None
+
+
 def check_rounding(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
     """Rounding the norm elsewhere moves nearly every second result by its last bit, summing in another order very few."""
     rows, outputs, inputs = sizes
@@ -322,13 +355,21 @@ def check_selective_step(
     plan: ChannelPlan | None = None,
     compare: Compare = assert_near,
 ) -> None:
+    """`selective_step`, or with 0 parts `selective_update`."""
     rows, channels, size, rank = sizes
     numbers = Numbers(device, dtype)
+    functions = (selective_step, selective_step_naive) if parts else (selective_update, selective_update_naive)
+    if parts:
+        given = dict(
+            partials=numbers.normal(parts, rows, rank + 2 * size, dtype=torch.float32),
+            step_weight=numbers.normal(channels, rank, scale=rank**-0.5),
+        )
+    else:
+        given = dict(projected=numbers.view(rows, rank + 2 * size), step=numbers.view(rows, channels))
     arguments = dict(
         x=numbers.view(rows, channels),
         z=numbers.view(rows, channels),
-        partials=numbers.normal(parts, rows, rank + 2 * size, dtype=torch.float32),
-        step_weight=numbers.normal(channels, rank, scale=rank**-0.5),
+        **given,
         step_bias=numbers.normal(channels, dtype=bias_dtype, mean=-3.0, scale=2.0),
         A=-torch.exp(numbers.normal(channels, size, dtype=torch.float32)),
         D=numbers.normal(channels, dtype=torch.float32) if skip else None,
@@ -336,12 +377,12 @@ def check_selective_step(
         active=numbers.some(rows) if active else None,
     )
     out = torch.full((rows, channels + 2), float("nan"), device=device, dtype=dtype)[:, 1:-1]
-    name = f"selective_step {sizes} {dtype}"
-    check(selective_step, selective_step_naive, arguments, out, compare, plan, name, state_cap=CAPS[dtype])
+    name = f"{functions[0].__name__} {sizes} {dtype}"
+    check(*functions, arguments, out, compare, plan, name, state_cap=CAPS[dtype])
 
 
 @pytest.mark.parametrize(("dtype", "rows"), ROWS)
-@pytest.mark.parametrize(("size", "rank", "parts"), [(4, 3, 1), (16, 7, 5), (6, 1, 40), (64, 17, 2)])
+@pytest.mark.parametrize(("size", "rank", "parts"), [(4, 3, 1), (16, 7, 5), (6, 1, 40), (64, 17, 2), (16, 3, 0), (5, 7, 0)])
 def test_selective_step(size, rank, parts, dtype, rows):
     check_selective_step(CPU, dtype, (rows, 50, size, rank), parts, skip=rank != 7, active=rows != 2)
 
@@ -479,16 +520,20 @@ def test_plans_of_linear_layers_fit_the_card(rows, outputs, inputs, item_size):
     assert plan.rows == 1 if rows == 1 else 16 <= plan.rows <= 64
     assert (plan.stages + 1) * (plan.outputs + plan.rows) * plan.inputs * item_size <= SHARED_MEMORY
     programs = -(-outputs // plan.outputs)
-    smallest = 4 if rows == 1 else max(16, plan.rows // 2)
-    assert programs >= MULTIPROCESSORS or plan.outputs == smallest
+    if rows == 1:
+        assert programs >= 4 * MULTIPROCESSORS or plan.outputs == 4
+    else:
+        assert programs >= MULTIPROCESSORS or plan.outputs == 32
 
 
 def test_plans_of_the_large_models():
     """What the docstrings promise for the shapes of mamba-2.8b and mamba2-2.7b."""
+    assert linear_plan(1, 10240, 2560)[1:4] == (8, 512, 3)
+    assert linear_plan(1, 2560, 5120)[1:4] == (4, 1024, 5)
     assert linear_plan(1, 10240, 2560).fused_norm
     assert not linear_plan(64, 10240, 2560).fused_norm
-    assert -(-5120 // projection_plan(1, 5120, 192).channels) == 40
-    assert selective_plan(1, 16).rows == 1 < selective_plan(64, 16).rows
+    assert -(-5120 // projection_plan(5120, 192).channels) == 40
+    assert update_plan(5120, 16).channels * 16 * 4 == 4096
     assert 80 * -(-64 // dual_plan(1, 80, 64, 128).channels) >= 2 * MULTIPROCESSORS
     assert dual_plan(64, 80, 64, 128).channels * 128 * 4 == 32 * 1024
 

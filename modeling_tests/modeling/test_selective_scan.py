@@ -2,13 +2,15 @@
 """The selective scan: every path against the loop, values and gradients, states in and out."""
 
 import contextlib
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling_tests.modeling.tiny_models import assert_close, rms_ratio
+from modeling_tests.modeling.tiny_models import assert_close, rms_ratio, tiny_model
 from remamba_hf.modeling import selective_scan as module
+from remamba_hf.modeling.optional_kernels import without_kernels
 from remamba_hf.modeling.selective_scan import selective_scan, selective_scan_naive, selective_scan_step
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "initial_state")
@@ -36,17 +38,17 @@ def inputs(batch, length, channels, size, dtype=torch.float64, seed=0, gates=Tru
     return [value if value is None else value.to(dtype) for value in values]
 
 
-def values_and_gradients(scan, arguments, seed=1, y_weight=1.0, state_weight=1.0):
+def values_and_gradients(scan, arguments, seed=1, y_weight=1.0, state_weight=1.0, names=NAMES):
     """y, the final state, and the gradients of a random projection of both, by name."""
     arguments = [a if a is None else a.clone().requires_grad_() for a in arguments]
     y, state = scan(*arguments)
     generator = torch.Generator().manual_seed(seed)
     loss = 0
     for output, weight in ((y, y_weight), (state, state_weight)):
-        if weight:
+        if weight and output is not None:
             probe = torch.randn(output.shape, dtype=torch.float64, generator=generator)
             loss = loss + weight * (output.double() * probe).sum()
-    present = [(name, a) for name, a in zip(NAMES, arguments, strict=True) if a is not None]
+    present = [(name, a) for name, a in zip(names, arguments, strict=True) if a is not None]
     gradients = torch.autograd.grad(loss, [a for _, a in present], allow_unused=True)
     results = {"y": y, "state": state}
     for (name, argument), gradient in zip(present, gradients, strict=True):
@@ -249,23 +251,171 @@ def test_autocast_leaves_the_state_in_float32():
     assert_close(y, expected, 1e-5, "y")
 
 
+def raw_inputs(batch, length, channels, size, dtype=torch.float64, state=True):
+    """`inputs` with what dt is softplus of, and behind them its bias: the arguments of `with_raw_steps`."""
+    arguments = inputs(batch, length, channels, size, dtype, state=state)
+    generator = torch.Generator().manual_seed(2)
+    dt, bias = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((batch, length, channels), (channels,))
+    )
+    arguments[1] = (2 * dt - 2).to(dtype)
+    return [*arguments, (bias - 1).to(torch.promote_types(dtype, torch.float32))]
+
+
+def with_raw_steps(scan, lengths=None, **options):
+    """`scan` of x, dt, A, B, C, D, z, initial_state and dt_bias; what it gives at pads is zeroed."""
+
+    def run(*arguments):
+        y, state = scan(*arguments[:8], dt_bias=arguments[8], softplus=True, lengths=lengths, **options)
+        if lengths is not None:
+            y = y.masked_fill((torch.arange(y.shape[1]) >= lengths[:, None])[..., None], 0.0)
+        return y, state
+
+    return run
+
+
+RAW_NAMES = (*NAMES, "dt_bias")
+
+
+@pytest.mark.parametrize("lengths", [None, (37, 0, 16)])
+def test_the_reference_takes_raw_steps(lengths):
+    lengths = None if lengths is None else torch.tensor(lengths)
+    *arguments, bias = raw_inputs(3, 37, 5, 4)
+    y, state = with_raw_steps(selective_scan_naive, lengths)(*arguments, bias)
+    for row, end in enumerate([37] * 3 if lengths is None else lengths.tolist()):
+        x, dt, B, C, z = (arguments[i][row : row + 1, :end] for i in (0, 1, 3, 4, 6))
+        A, D, h = arguments[2], arguments[5], arguments[7][row : row + 1]
+        dt = torch.log1p(torch.exp(dt + bias))
+        expected_y, expected_state = selective_scan_naive(x, dt, A, B, C, D, z, h)
+        assert_close(y[row : row + 1, :end], expected_y, 1e-12, "y")
+        assert_close(state[row : row + 1], expected_state, 1e-12, "state")
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("lengths", [None, (37, 0, 16)])
+@pytest.mark.parametrize("state", [False, True])
+def test_raw_steps(state, lengths):
+    lengths = None if lengths is None else torch.tensor(lengths)
+    arguments = raw_inputs(3, 37, 5, 4, state=state)
+    expected = values_and_gradients(with_raw_steps(selective_scan_naive, lengths), arguments, names=RAW_NAMES)
+    actual = values_and_gradients(with_raw_steps(selective_scan, lengths), arguments, names=RAW_NAMES)
+    assert_results(actual, expected, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_mixer_hands_its_bias_over_only_where_that_changes_nothing(dtype):
+    """A hook on dt_proj sees its result and acts; without one, and with one that does nothing, results are the same."""
+    model = tiny_model(dtype)
+    mixer = model.backbone.layers[0].mixer
+    hidden = torch.randn(2, 9, 16).to(dtype)
+    step = torch.randn(2, 9, mixer.dt_proj.in_features).to(dtype)
+    bias = mixer.dt_proj.bias
+    bias.data = bias.data.to(torch.promote_types(dtype, torch.float32))  # as it is loaded
+    raw, bias = mixer._step_size(step, None)
+    assert raw.dtype == dtype
+    assert bias is mixer.dt_proj.bias
+    expected = mixer(hidden)
+    seen = []
+    with_hook = mixer.dt_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    whole, none = mixer._step_size(step, None)
+    assert none is None
+    assert torch.equal(whole, raw + bias)
+    assert torch.equal(mixer(hidden), expected)
+    assert len(seen) == 2
+    with_hook.remove()
+    mixer.dt_proj.register_forward_hook(lambda module, inputs, output: output + 1.0)
+    assert not torch.allclose(mixer(hidden), expected, atol=1e-3)
+    narrow = tiny_model(torch.bfloat16).backbone.layers[0].mixer  # then the module rounds their sum
+    assert narrow.dt_proj.bias.dtype == torch.bfloat16
+    assert narrow._step_size(torch.randn(2, 9, 1, dtype=torch.bfloat16), None)[1] is None
+
+
+@pytest.fixture
+def own_kernel(monkeypatch):
+    """Arguments of calls of `scan_forward`, which runs on GPUs alone: a stand-in that computes."""
+    calls = []
+
+    def scan_forward(*arguments):
+        calls.append(arguments)
+        return selective_scan_naive(*arguments)
+
+    monkeypatch.setattr(module, "can_scan", lambda *tensors: True)
+    monkeypatch.setattr(module, "scan_forward", scan_forward)
+    return calls
+
+
+def test_the_own_kernel_is_for_what_needs_no_gradient(own_kernel):
+    arguments = raw_inputs(2, 9, 5, 4, dtype=torch.float32)
+    lengths = torch.tensor([9, 4])
+    expected = with_raw_steps(selective_scan_naive, lengths)(*arguments)
+    for context, gradient in ((torch.no_grad, None), (torch.enable_grad, None), (torch.no_grad, 0)):
+        given = [a.clone().requires_grad_(i == gradient) for i, a in enumerate(arguments)]
+        with context():
+            actual = with_raw_steps(selective_scan, lengths)(*given)
+            alone, none = with_raw_steps(selective_scan, lengths, return_final_state=False)(*given)
+        for found, wanted in zip(actual, expected, strict=True):
+            assert torch.equal(found, wanted)
+        assert torch.equal(alone, expected[0])
+        assert none is None
+    assert len(own_kernel) == 6
+    for gradient in range(len(arguments)):
+        with_raw_steps(selective_scan)(*[a.clone().requires_grad_(i == gradient) for i, a in enumerate(arguments)])
+    with without_kernels():
+        with_raw_steps(selective_scan)(*arguments)
+    assert len(own_kernel) == 6
+
+
+def test_an_own_kernel_that_fails_is_left_alone(own_kernel, monkeypatch):
+    """Told once, then as without it; bad input and full memory are the caller's to hear of."""
+    arguments = raw_inputs(2, 9, 5, 4, dtype=torch.float32)
+    with without_kernels():
+        expected = with_raw_steps(selective_scan)(*arguments)
+    monkeypatch.setattr(module, "_triton_fails", False)
+    errors = [torch.cuda.OutOfMemoryError("full"), ValueError("bad"), RuntimeError("no compiler")]
+
+    def fails(*arguments):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(module, "scan_forward", fails)
+    for error in (torch.cuda.OutOfMemoryError, ValueError):
+        with pytest.raises(error):
+            with_raw_steps(selective_scan)(*arguments)
+    with pytest.warns(UserWarning, match="without the own scan kernel.*no compiler"):
+        first = with_raw_steps(selective_scan)(*arguments)
+    for result in (first, with_raw_steps(selective_scan)(*arguments)):
+        assert all(torch.equal(found, wanted) for found, wanted in zip(result, expected, strict=True))
+
+
+def test_the_own_kernel_is_not_traced(own_kernel, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with_raw_steps(selective_scan)(*raw_inputs(2, 9, 5, 4, dtype=torch.float32))
+    assert not own_kernel
+
+
 # mamba-ssm's kernel cannot run here. What surrounds it can: a stand-in with its signature, layout and limits.
+
+
+class Call(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+    last_state: bool
+    bias: bool
+    softplus: bool
 
 
 def fake_kernel(calls):
     def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
         """mamba_ssm.ops.selective_scan_interface.selective_scan_fn: [B, E, L], from a zero state, last state detached."""
-        assert delta_bias is None
-        assert not delta_softplus
+        assert delta_bias is None or delta_bias.dtype == torch.float32
         assert u.dtype == delta.dtype == B.dtype == C.dtype, "the kernel takes one input dtype"
         assert z is None or z.dtype == u.dtype
         assert A.dtype == torch.float32
         assert D is None or D.dtype == torch.float32
         assert A.shape[-1] <= 256
-        calls.append((u.shape, u.dtype, return_last_state))
+        calls.append(Call(u.shape, u.dtype, return_last_state, delta_bias is not None, delta_softplus))
         y, state = selective_scan_naive(
             *(t.transpose(1, 2) for t in (u, delta)), A, *(t.transpose(1, 2) for t in (B, C)), D,
-            None if z is None else z.transpose(1, 2),
+            None if z is None else z.transpose(1, 2), dt_bias=delta_bias, softplus=delta_softplus,
         )  # fmt: skip
         y = y.transpose(1, 2)
         return (y, state.detach()) if return_last_state else y
@@ -308,7 +458,38 @@ def test_around_the_cuda_kernel_without_gradients(kernel_calls, dtype, state):
     assert_close(y_alone, expected, LIMITS[dtype], "y")
     assert_close(final, expected_state, LIMITS[dtype], "state")
     # Only the initial state costs extra tokens.
-    assert [shape[-1] for shape, _, _ in kernel_calls] == [20 + 4 * state] * 2
+    assert [call.shape[-1] for call in kernel_calls] == [20 + 4 * state] * 2
+
+
+@pytest.mark.parametrize("lengths", [None, (20, 0, 7)])
+@pytest.mark.parametrize("way", ["training", "with the final state", "with an initial state", "both"])
+def test_raw_steps_around_the_cuda_kernel(kernel_calls, way, lengths):
+    """Bias, softplus and pads are the kernel's, unless state tokens stand between its tokens."""
+    lengths = None if lengths is None else torch.tensor(lengths)
+    arguments = raw_inputs(3, 20, 5, 4, dtype=torch.float32, state=way in ("with an initial state", "both"))
+    exact = [a if a is None else a.double() for a in arguments]
+    final = way in ("with the final state", "both")
+    weights = dict(names=RAW_NAMES, state_weight=float(final))
+    scan = with_raw_steps(selective_scan, lengths, return_final_state=final)
+    expected = values_and_gradients(with_raw_steps(selective_scan_naive, lengths), exact, **weights)
+    actual = values_and_gradients(scan, arguments, **weights)
+    if not final:
+        assert actual.pop("state") is None
+        del expected["state"]
+    assert_results(actual, expected, 2e-5)
+    assert [(call.bias, call.softplus) for call in kernel_calls] == [(way == "training",) * 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_raw_steps_are_not_rounded_around_the_cuda_kernel(kernel_calls, dtype):
+    arguments = raw_inputs(3, 20, 5, 4, dtype=dtype, state=False)
+    lengths = torch.tensor([20, 0, 7])
+    expected, expected_state = with_raw_steps(selective_scan_naive, lengths)(*arguments)
+    with torch.no_grad():
+        y, state = with_raw_steps(selective_scan, lengths)(*arguments)
+    assert torch.equal(y, expected)
+    assert torch.equal(state, expected_state)
+    assert kernel_calls == [(torch.Size([3, 5, 20]), dtype, True, True, True)]
 
 
 @pytest.mark.parametrize("decay", [1e-3, 1.0, 1e3])
@@ -333,7 +514,7 @@ def test_long_inputs_reach_the_cuda_kernel_in_pieces(monkeypatch):
     batch, length, channels, size = 2, 200_000, 16_384, 8
     shapes = []
 
-    def kernel(u, delta, A, B, C, D=None, z=None, return_last_state=False):
+    def kernel(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
         shapes.append(u.shape)
         assert delta.shape == u.shape
         assert z is None or z.shape == u.shape

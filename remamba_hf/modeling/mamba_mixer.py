@@ -12,10 +12,17 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from .decode_kernels import convolution_and_projection, norm_linear, selective_step
-from .precision import at_least_float32
-from .recurrent_model import RecurrentMixer, RMSNorm, depthwise_convolution, without_pads
-from .selective_scan import selective_scan, selective_scan_step
+from .decode_kernels import (
+    FEW_ROWS,
+    convolution_and_projection,
+    convolution_step,
+    norm_linear,
+    selective_step,
+    selective_update,
+)
+from .precision import at_least_float32, state_dtype
+from .recurrent_model import RecurrentMixer, RMSNorm, depthwise_convolution, is_unhooked
+from .selective_scan import linear_by_length, selective_scan, selective_scan_step, wants_length_fastest
 
 
 class StepProjection(nn.Linear):
@@ -23,6 +30,12 @@ class StepProjection(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight) + self.bias
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the sum may be taken later, in float32 at least: the bias has that dtype, and the module is what its
+        weights say, not wrapped by an adapter, quantised, offloaded or hooked."""
+        return type(self) is StepProjection and self.bias.dtype == state_dtype(self.bias) and is_unhooked(self)
 
 
 class MambaMixer(RecurrentMixer):
@@ -72,24 +85,47 @@ class MambaMixer(RecurrentMixer):
             cache_params: states to continue and to update.
         """
         conv_state, ssm_state = self.cached_states(cache_params)
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, z = self._inner_states(hidden_states, conv_state)
         if conv_state is not None and ssm_state is not None and adaptation is None and self.decodes(hidden_states, lengths):
             return self.out_proj(self._step(x[:, 0], z[:, 0], conv_state, ssm_state).unsqueeze(1))
 
         x, conv_state = self.convolve(x, conv_state, lengths)
         step, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
-        dt = without_pads(self._step_size(step, adaptation), lengths)
+        dt, dt_bias = self._step_size(step, adaptation)
         y, ssm_state = selective_scan(
-            x, dt, self.decay_rates(), B, C, self.D, z, ssm_state, return_final_state=cache_params is not None
+            x,
+            dt,
+            self.decay_rates(),
+            B,
+            C,
+            self.D,
+            z,
+            ssm_state,
+            return_final_state=cache_params is not None,
+            dt_bias=dt_bias,
+            softplus=True,
+            lengths=lengths,
         )
         self.update_cache(cache_params, conv_state, ssm_state)
         return self.out_proj(y)
+
+    def _inner_states(
+        self, hidden_states: torch.Tensor, conv_state: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What in_proj makes of [B, L, H]: x and the gate z, [B, L, E] each."""
+        module = self.in_proj
+        plain = type(module) is nn.Linear and is_unhooked(module) and conv_state is None
+        if plain and wants_length_fastest(hidden_states, module.weight):
+            x, z = linear_by_length(hidden_states, module.weight, module.bias, parts=2)
+        else:
+            x, z = module(hidden_states).chunk(2, dim=-1)
+        return x, z
 
     def _step(self, x: torch.Tensor, z: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
         """One token: x, z [B, E] -> [B, E]. The cached states are updated in place."""
         x = self.convolve_token(x, conv_state)
         step, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
-        dt = self._step_size(step.unsqueeze(1), None)[:, 0]
+        dt = F.softplus(at_least_float32(self.dt_proj(step)))
         return selective_scan_step(x, dt, self.decay_rates(), B, C, self.D, z, ssm_state)
 
     def fused_step(
@@ -104,19 +140,31 @@ class MambaMixer(RecurrentMixer):
         """A block's step in four kernels that read the weights themselves, norm and residual sum included: [B, H], as given.
 
         For blocks whose layers are what their weights say (`decode_graph.can_be_fused`). States are updated in place.
+        For more than a few rows the small products are a library's.
         """
         xz = norm_linear(hidden_states, self.in_proj.weight, self.in_proj.bias, norm.weight, norm.eps)
         x, z = xz.chunk(2, dim=-1)
         kernel, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        x, partials = convolution_and_projection(x, kernel, bias, conv_state, self.x_proj.weight)
-        y = selective_step(x, z, partials, self.dt_proj.weight, self.dt_proj.bias, decay_rates, self.D, ssm_state)
-        return norm_linear(
-            y, self.out_proj.weight, self.out_proj.bias, residual=hidden_states, residual_in_fp32=residual_in_fp32
-        )
+        step_bias = self.dt_proj.bias
+        if len(hidden_states) <= FEW_ROWS:
+            x, partials = convolution_and_projection(x, kernel, bias, conv_state, self.x_proj.weight)
+            y = selective_step(x, z, partials, self.dt_proj.weight, step_bias, decay_rates, self.D, ssm_state)
+        else:
+            x = convolution_step(x, kernel, bias, conv_state)
+            projected = F.linear(x, self.x_proj.weight)
+            step = F.linear(projected[:, : self.split_sizes[0]], self.dt_proj.weight)
+            y = selective_update(x, z, projected, step, step_bias, decay_rates, self.D, ssm_state)
+        weight, bias = self.out_proj.weight, self.out_proj.bias
+        return norm_linear(y, weight, bias, residual=hidden_states, residual_in_fp32=residual_in_fp32)
 
-    def _step_size(self, step: torch.Tensor, adaptation: Any) -> torch.Tensor:
-        """dt = softplus(W_dt step + b_dt): [B, L, R] -> [B, L, E], float32 at least."""
-        return F.softplus(at_least_float32(self.dt_proj(step)))
+    def _step_size(self, step: torch.Tensor, adaptation: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What dt is softplus of, [B, L, R] -> [B, L, E]: W_dt step + b_dt, or W_dt step and b_dt [E], still to be added."""
+        if isinstance(self.dt_proj, StepProjection) and self.dt_proj.is_plain:
+            weight, bias = self.dt_proj.weight, self.dt_proj.bias
+            if wants_length_fastest(step, weight):
+                return linear_by_length(step, weight)[0], bias
+            return F.linear(step, weight), bias
+        return self.dt_proj(step), None
 
     def decay_rates(self) -> torch.Tensor:
         """A [E, N], negative."""

@@ -8,7 +8,6 @@ Shapes: `B` rows, `L` positions of a pass, `H` hidden size, `E` inner size, `R` 
 """
 
 import torch
-import torch.nn.functional as F
 from transformers import GenerationMixin
 
 from .configuration_remamba import ReMambaConfig
@@ -29,14 +28,14 @@ class ReMambaMixer(MambaMixer):
         super().__init__(config, layer_idx)
         self.adaptation = StepAdaptation(config.intermediate_size)
 
-    def _step_size(self, step: torch.Tensor, adaptation: Adaptation | None) -> torch.Tensor:
+    def _step_size(self, step: torch.Tensor, adaptation: Adaptation | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """dt = softplus(alpha * (W_dt step) + Theta + b_dt) at kept vectors, softplus(W_dt step + b_dt) elsewhere.
 
-        step [B, L, R] -> [B, L, E], float32 at least.
+        What softplus is taken of, step [B, L, R] -> [B, L, E], and what is still to be added to it.
         """
         if adaptation is None:
             return super()._step_size(step, None)
-        return F.softplus(self.adaptation(at_least_float32(self.dt_proj(adaptation.scale(step))), adaptation.where))
+        return self.adaptation(at_least_float32(self.dt_proj(adaptation.scale(step))), adaptation.where), None
 
 
 class ReMambaBlock(TwoStageBlock):

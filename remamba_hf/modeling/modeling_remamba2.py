@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .configuration_remamba2 import ReMamba2Config
-from .decode_kernels import convolution_step, dual_step, norm_linear
+from .decode_kernels import convolution_step, dual_step, norm_in_one_kernel, norm_linear
 from .precision import at_least_float32
 from .recurrent_model import (
     OwnStart,
@@ -45,6 +45,8 @@ class GatedGroupNorm(OwnStart):
         init.ones_(self.weight)
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        if (y := norm_in_one_kernel(x, self.weight, self.eps, gate, self.groups)) is not None:
+            return y
         x = at_least_float32(x) * F.silu(at_least_float32(gate))
         parts = x.unflatten(-1, (self.groups, -1))
         parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.eps)
@@ -144,7 +146,8 @@ class ReMamba2Mixer(RecurrentMixer):
         projected = norm_linear(hidden_states, self.in_proj.weight, self.in_proj.bias, norm.weight, norm.eps)
         z, xBC, step = projected.split(self.projected_sizes, dim=-1)
         xBC = convolution_step(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state)
-        y = dual_step(xBC, step, self.dt_bias, decay_rates, self.D, ssm_state, self.config.time_step_limit)
+        limits = self.config.time_step_limit
+        y = dual_step(xBC, step, self.dt_bias, decay_rates, self.D, ssm_state, limits)
         return norm_linear(
             y,
             self.out_proj.weight,

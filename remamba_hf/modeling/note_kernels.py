@@ -7,7 +7,7 @@
 
 What a token reads changes only where a chunk ends, so keys and values of the notes are kept projected (`readable_notes`),
 as are a layer's projections of a token in one matrix (`step_weights`). Both must be made anew when what they come from
-changes: behind every commit, and before steps begin.
+changes: behind every commit, for all layers at once, and before steps begin.
 
 As in decode_kernels.py, each function runs its Triton kernel where Triton can, and otherwise the torch reference beside it,
 `<name>_naive`. For memories as `can_step` wants them; rounded where `NoteMemory.step` and `MemMambaBlock.mix` round.
@@ -44,7 +44,7 @@ from .decode_kernels import (
     linear_plan,
     tl,
 )
-from .note_memory import NoteMemory, NoteReader, StepState
+from .note_memory import NoteMemory, NoteReader, new_in_one
 from .note_pool import OpenChunk, Pool
 from .precision import at_least_float32
 
@@ -139,27 +139,92 @@ def renew_weights(weights: StepWeights, memory: NoteMemory) -> None:
             mine.copy_(theirs)
 
 
-def renew_notes(notes: ReadableNotes, reader: NoteReader, pools: Sequence[Pool]) -> None:
-    """Take what the pools hold now; every tensor stays where it is."""
-    for mine, theirs in zip(notes, readable_notes(reader, pools), strict=True):
+class NotesOfReaders(NamedTuple):
+    """What readers of one kind read in several layers, all equally many pools, so that it can be projected at once.
+
+    readers: (layer, which of its readers) of each, n in all.
+    sources: [n, G] long, the layers whose pools a reader reads, the nearest first.
+    notes: [n, B, N, ...].
+    """
+
+    readers: list[tuple[int, int]]
+    sources: torch.Tensor
+    notes: ReadableNotes
+
+
+def notes_of_layers(memories: Sequence[NoteMemory], pool: Pool) -> list[NotesOfReaders]:
+    """What all readers of all layers can read in pools [layers, B, K, ...]."""
+    members: dict[tuple[bool, int], list[tuple[int, int, list[int]]]] = {}
+    for layer, memory in enumerate(memories):
+        for which, (reader, sources) in enumerate(readers_and_sources(memory)):
+            kind = reader.layer_embedding is None, len(sources)
+            members.setdefault(kind, []).append((layer, which, sources))
+    groups = []
+    for group in members.values():
+        readers = [(layer, which) for layer, which, _ in group]
+        sources_of_all = torch.tensor([sources for *_, sources in group], device=pool.scores.device)
+        first = readable_notes(_readers(memories, readers[:1]), pool, sources_of_all[:1])
+        notes = ReadableNotes(*(new_in_one(len(readers), part[0]) for part in first))
+        groups.append(NotesOfReaders(readers, sources_of_all, notes))
+        renew_notes(groups[-1], memories, pool)
+    return groups
+
+
+def renew_notes(group: NotesOfReaders, memories: Sequence[NoteMemory], pool: Pool) -> None:
+    """Take what the pools hold now, by the weights as they are now; every tensor stays where it is."""
+    notes = readable_notes(_readers(memories, group.readers), pool, group.sources)
+    for mine, theirs in zip(group.notes, notes, strict=True):
         mine.copy_(theirs)
 
 
-def readers_and_pools(memory: NoteMemory, states: Sequence[StepState]) -> list[tuple[NoteReader, list[Pool]]]:
-    """The readers of a layer, in the order of its `StepWeights`, with the pools they read, the nearest first.
+def notes_by_layer(groups: Sequence[NotesOfReaders], layers: int) -> list[list[ReadableNotes]]:
+    """For `note_step`: of each layer what its readers read, in the order of its `StepWeights`; views."""
+    notes: list[dict[int, ReadableNotes]] = [{} for _ in range(layers)]
+    for group in groups:
+        for at, (layer, which) in enumerate(group.readers):
+            notes[layer][which] = ReadableNotes(*(part[at] for part in group.notes))
+    return [[of_layer[which] for which in sorted(of_layer)] for of_layer in notes]
 
-    Args:
-        states: of all layers.
-    """
+
+def readers_and_sources(memory: NoteMemory) -> list[tuple[NoteReader, list[int]]]:
+    """A layer's readers, in the order of its `StepWeights`, and the layers whose pools each reads, the nearest first."""
     layer, group = memory.layer_idx, memory.config.cross_layer_group
-    readers = [(memory.token_reader, [states[layer].pool])]
+    readers = [(memory.token_reader, [layer])]
     if memory.reads_below:
-        readers.append((memory.layer_reader, [state.pool for state in reversed(states[max(layer - group, 0) : layer])]))
+        readers.append((memory.layer_reader, list(range(layer - 1, max(layer - group, 0) - 1, -1))))
     return readers
 
 
-def readable_notes(reader: NoteReader, pools: Sequence[Pool]) -> ReadableNotes:
-    """What a reader takes of pools [B, K, ...] each, in the order of `NoteReader.forward`: N is all their K together."""
+def _readers(memories: Sequence[NoteMemory], places: Sequence[tuple[int, int]]) -> list[NoteReader]:
+    return [readers_and_sources(memories[layer])[which][0] for layer, which in places]
+
+
+def readable_notes(readers: Sequence[NoteReader], pool: Pool, sources: torch.Tensor) -> ReadableNotes:
+    """What readers take of pools [layers, B, K, ...]: [n, B, N, ...], N being all the K of a reader together.
+
+    The weights are put together anew each time, a small copy: so there are none to keep and to renew.
+
+    Args:
+        readers: n, all with or all without embeddings of layers.
+        sources: [n, G] long, the layers whose pools each reads.
+    """
+    notes = pool.notes.to(readers[0].key.weight.dtype)[sources]  # [n, G, B, K, F]
+    embeddings = [reader.layer_embedding for reader in readers if reader.layer_embedding is not None]
+    if embeddings:
+        stacked = torch.stack([embedding[: sources.shape[1]] for embedding in embeddings])
+        notes = notes + stacked.to(notes.dtype)[:, :, None, None]
+    joined = notes.transpose(1, 2).flatten(2, 3)
+    size = joined.shape[-1]
+    weights = torch.stack([layer.weight for reader in readers for layer in (reader.key, reader.value)])
+    weights = weights.view(len(readers), 2 * size, size)
+    projected = torch.bmm(joined.flatten(1, 2), weights.transpose(1, 2)).unflatten(1, joined.shape[1:3])
+    bias = at_least_float32(pool.scores[sources].transpose(1, 2).flatten(2)).log()
+    keys, values = projected.split(size, dim=-1)
+    return ReadableNotes(keys, values, bias)
+
+
+def readable_notes_naive(reader: NoteReader, pools: Sequence[Pool]) -> ReadableNotes:
+    """Reference of `readable_notes`: one reader, by its modules, in the order of `NoteReader.forward`; pools [B, K, ...]."""
     dtype = reader.key.weight.dtype
     notes = [pool.notes.to(dtype) for pool in pools]
     if reader.layer_embedding is not None:

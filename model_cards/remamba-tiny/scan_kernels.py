@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""Mamba's scan over many tokens in one kernel, from the raw step size to the gated output. Used without gradients.
+
+Every sequence is read once, from where it is: [B, L, .] with any strides but the last, so that the halves of a projection
+need no copy. The step size's bias and softplus, pads, the state that comes in, skip and gate are inside; only the result and
+the final state are written.
+
+`can_scan` says where the kernel runs; its reference is `selective_scan_naive` (selective_scan.py).
+
+Shapes: `B` rows, `L` tokens, `E` channels, `N` state size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .decode_kernels import (
+    _INTERPRETED,
+    _KERNEL_DTYPES,
+    _PROCESSORS,
+    _blocks,
+    _check_shape,
+    _launch,
+    _power_of_two,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    kernels_can_run,
+    tl,
+)
+
+_SCHEDULERS = 4 * _PROCESSORS
+_LARGEST_STATE = 256  # of a channel, which a program holds in registers
+
+
+class ScanPlan(NamedTuple):
+    """How `scan_forward` is cut into programs, each for some channels of a row and all of its tokens.
+
+    tokens: that are computed at a time; a power of two.
+    channels: of a program; a power of two.
+    warps: of 32 threads a program.
+    """
+
+    tokens: int
+    channels: int
+    warps: int
+
+
+def scan_plan(rows: int, channels: int, size: int) -> ScanPlan:
+    """The cut for rows of so many channels with a state of `size`.
+
+    The time is that of the scheduler with most to do, and tokens come one after the other: what can be spread is the states
+    alone. Threads keep 4 of a channel's states, or 2 where that leaves fewer idle: then a state costs 10.6 instructions a
+    token instead of 9.5. 16 tokens at a time, so that the next ones arrive meanwhile, in 125 to 170 registers. Programs of
+    few channels spread well; 8 are the 16 bytes that a thread may load at a time.
+    """
+    columns = _power_of_two(size)
+    costs = {}
+    for own, instructions in ((4, 9.5), (2, 10.6)):
+        warps = _blocks(rows * channels * columns, 32 * own)
+        costs[own] = _blocks(warps, _SCHEDULERS) * own * instructions
+    own = 8 if columns > 64 else min(min(costs, key=costs.__getitem__), columns)
+    block = max(8, 32 * own // columns)
+    return ScanPlan(8 if columns > 64 else 16, block, block * columns // (32 * own))
+
+
+def can_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+) -> bool:
+    """Whether `scan_forward` takes these tensors: where Triton runs, in float32, bfloat16 or float16, N up to 256."""
+    present = [tensor for tensor in (x, dt, A, B, C, D, z, initial_state, dt_bias) if tensor is not None]
+    return (
+        kernels_can_run(x.device)
+        and A.shape[1] <= _LARGEST_STATE
+        and all(tensor.device == x.device and tensor.dtype in _KERNEL_DTYPES for tensor in present)
+        and x.numel() > 0
+    )
+
+
+def scan_forward(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    initial_state: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    softplus: bool = False,
+    lengths: torch.Tensor | None = None,
+    plan: ScanPlan | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`selective_scan` without gradients, for tensors that `can_scan` accepts; all in float32, y rounded once.
+
+    Args:
+        x, dt, B, C, z: as for `selective_scan`; copied if their last stride is not 1.
+        A: [E, N] float32.
+        initial_state: [B, E, N], float32 or narrower.
+        lengths: [B] long, tokens of each row; y is 0 at the pads behind them.
+        plan: how to cut the work; None: `scan_plan`'s.
+
+    Returns:
+        y [B, L, E] in x's dtype and the final state [B, E, N] in float32.
+    """
+    rows, length, channels = x.shape
+    size = A.shape[1]
+    for name, tensor in (("dt", dt), ("z", z)):
+        _check_shape(name, tensor, (rows, length, channels))
+    for name, tensor in (("B", B), ("C", C)):
+        _check_shape(name, tensor, (rows, length, size))
+    for name, tensor in (("D", D), ("dt_bias", dt_bias)):
+        _check_shape(name, tensor, (channels,))
+    _check_shape("A", A, (channels, size))
+    _check_shape("initial_state", initial_state, (rows, channels, size))
+    _check_shape("lengths", lengths, (rows,))
+    if plan is None:
+        plan = scan_plan(rows, channels, size)
+    x, dt, B, C = (_with_columns(sequence) for sequence in (x, dt, B, C))
+    z = None if z is None else _with_columns(z)
+    D, dt_bias, initial_state, lengths = (t if t is None else t.contiguous() for t in (D, dt_bias, initial_state, lengths))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    final_state = x.new_empty(rows, channels, size, dtype=torch.float32)
+    columns = _power_of_two(size)
+    own = min(max(plan.channels * columns // (32 * plan.warps), 1), columns, 4)
+    sequences = (x, dt, B, C, x if z is None else z, out)
+    _launch(
+        _scan_kernel,
+        (_blocks(channels, plan.channels), rows),
+        plan.warps,
+        *(x, dt, A.contiguous(), B, C, D, z, initial_state, dt_bias, lengths, out, final_state, length),
+        *(stride for sequence in sequences for stride in sequence.stride()[:2]),
+        CHANNELS=channels,
+        SIZE=size,
+        SOFTPLUS=softplus,
+        TOKENS=plan.tokens,
+        BLOCK=plan.channels,
+        BLOCK_SIZE=columns,
+        OWN=own,
+        LEVELS=min((columns // own).bit_length() - 1, 4),
+        PTX=not _INTERPRETED and torch.version.cuda is not None,
+        INTERPRETED_LENGTH=length if _INTERPRETED else None,  # the interpreter counts to no number that is an argument
+    )
+    return out, final_state
+
+
+def _with_columns(sequence: torch.Tensor) -> torch.Tensor:
+    return sequence if sequence.stride(-1) == 1 or sequence.shape[-1] == 1 else sequence.contiguous()
+
+
+@jit
+def _joined(decay1, input1, decay2, input2):
+    """Two spans of h = decay h + input, one behind the other, as one."""
+    return decay2 * decay1, decay2 * input1 + input2
+
+
+@jit
+def _exp2(x, PTX: tl.constexpr):
+    """2^x, but 0 below 2^-126: that saves three of what Triton's own costs, which is four instructions."""
+    if PTX:
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.exp2(x)
+    return y
+
+
+@jit
+def _softplus(x, PTX: tl.constexpr):
+    """log(1 + exp(x)) with a relative error of 2e-7 wherever u = exp(-|x|) has one: the polynomial is log(1 + u) / u."""
+    u = _exp2(tl.abs(x) * -1.4426950408889634, PTX)
+    p = u * 0.0053475042805075645 - 0.030084801837801933
+    p = p * u + 0.07939537614583969
+    p = p * u - 0.1378513127565384
+    p = p * u + 0.19176346063613892
+    p = p * u - 0.24865210056304932
+    p = p * u + 0.3332262635231018
+    p = p * u - 0.49999719858169556
+    p = p * u + 1.0
+    return p * u + tl.maximum(x, 0.0)
+
+
+@jit
+def _silu(x, PTX: tl.constexpr):
+    divisor = 1.0 + _exp2(x * -1.4426950408889634, PTX)
+    if PTX:
+        y = x * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = x / divisor
+    return y
+
+
+@jit
+def _summed(parts, OWN: tl.constexpr, LEVELS: tl.constexpr):
+    """The sum over all states [tokens, channels]: over the `OWN` of a thread, then by halves, `LEVELS` times.
+
+    What is split must be in one thread, so that Triton moves these sums through shared memory once and the threads share
+    the rest of the work; with tl.sum alone every thread would sum all of them, over as many shuffles.
+    """
+    TOKENS: tl.constexpr = parts.shape[0]
+    CHANNELS: tl.constexpr = parts.shape[2]
+    parts = tl.sum(tl.reshape(parts, [TOKENS, parts.shape[1] // OWN, OWN, CHANNELS]), 2)
+    if parts.shape[1] > 1 << LEVELS:
+        parts = tl.sum(tl.reshape(parts, [TOKENS, 1 << LEVELS, parts.shape[1] >> LEVELS, CHANNELS]), 2)
+    parts = tl.permute(parts, (0, 2, 1))
+    for _ in tl.static_range(LEVELS):
+        first, second = tl.split(tl.reshape(parts, [TOKENS, CHANNELS, parts.shape[2] // 2, 2]))
+        parts = first + second
+    return tl.reshape(parts, [TOKENS, CHANNELS])
+
+
+@jit
+def _step_size(raw, bias, here, SOFTPLUS: tl.constexpr, PTX: tl.constexpr):
+    """dt [tokens, channels] in float32, 0 where there is no token `here`."""
+    step = raw.to(tl.float32)
+    if bias is not None:
+        step += bias
+    if SOFTPLUS:
+        step = _softplus(step, PTX)
+    return tl.where(here, step, 0.0)
+
+
+@jit
+def _scan_kernel(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    initial_state,
+    dt_bias,
+    lengths,
+    out,
+    final_state,
+    length,
+    x_row,
+    x_token,
+    dt_row,
+    dt_token,
+    B_row,
+    B_token,
+    C_row,
+    C_token,
+    z_row,
+    z_token,
+    out_row,
+    out_token,
+    CHANNELS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    OWN: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PTX: tl.constexpr,
+    INTERPRETED_LENGTH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.arange(0, TOKENS)
+    place = token.to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK_SIZE)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+
+    end = length
+    if lengths is not None:
+        end = tl.minimum(tl.load(lengths + row).to(tl.int32), length)
+    known = (channel < CHANNELS)[None, :]
+    column_known = (column < SIZE)[None, :]
+    # With its tokens' dimension of one, the state comes in the layout that the loop keeps it in.
+    in_state = channel[None, None, :] * SIZE + column[None, :, None]
+    in_state_here = (channel < CHANNELS)[None, None, :] & (column < SIZE)[None, :, None]
+    rate = tl.load(A + in_state, mask=in_state_here, other=0.0) * 1.4426950408889634
+    in_states = row * CHANNELS * SIZE + in_state
+    if initial_state is not None:
+        h = tl.load(initial_state + in_states, mask=in_state_here, other=0.0).to(tl.float32)
+    else:
+        h = tl.zeros([1, BLOCK_SIZE, BLOCK], tl.float32)
+    bias = None
+    if dt_bias is not None:
+        bias = tl.load(dt_bias + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
+    if D is not None:
+        skip = tl.load(D + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
+
+    # A sequence's tiles: a pointer that moves, and where the elements of a tile are behind it.
+    jump = tl.full([], TOKENS, tl.int64)
+    x += row * x_row
+    dt += row * dt_row
+    B += row * B_row
+    C += row * C_row
+    out += row * out_row
+    x_place = place * x_token + channel[None, :]
+    dt_place = place * dt_token + channel[None, :]
+    B_place = place * B_token + column[None, :]
+    C_place = place * C_token + column[None, :]
+    out_place = place * out_token + channel[None, :]
+    here = (token < end)[:, None]
+    u = tl.load(x + x_place, mask=here & known, other=0.0)
+    raw = tl.load(dt + dt_place, mask=here & known, other=0.0)
+    B_tile = tl.load(B + B_place, mask=here & column_known, other=0.0).to(tl.float32)
+    C_tile = tl.load(C + C_place, mask=here & column_known, other=0.0).to(tl.float32)
+    if z is not None:
+        z += row * z_row
+        z_place = place * z_token + channel[None, :]
+        gate = tl.load(z + z_place, mask=here & known, other=0.0)
+    step = _step_size(raw, bias, here, SOFTPLUS, PTX)
+    drive = step * u.to(tl.float32)
+
+    for start in range(0, length if INTERPRETED_LENGTH is None else INTERPRETED_LENGTH, TOKENS):
+        # The next tile is on its way while this one is computed.
+        here = (start + TOKENS + token < end)[:, None]
+        x += jump * x_token
+        dt += jump * dt_token
+        B += jump * B_token
+        C += jump * C_token
+        u_next = tl.load(x + x_place, mask=here & known, other=0.0)
+        raw = tl.load(dt + dt_place, mask=here & known, other=0.0)
+        B_next = tl.load(B + B_place, mask=here & column_known, other=0.0)
+        C_next = tl.load(C + C_place, mask=here & column_known, other=0.0)
+        if z is not None:
+            z += jump * z_token
+            gate_next = tl.load(z + z_place, mask=here & known, other=0.0)
+
+        decay = _exp2(step[:, None, :] * rate, PTX)
+        value = drive[:, None, :] * B_tile[:, :, None]
+        value = tl.where((token == 0)[:, None, None], decay * h + value, value)
+        _, states = tl.associative_scan((decay, value), 0, _joined)
+        # -0.0 is what can be added without changing anything, and so costs nothing.
+        h = tl.sum(tl.where((token == TOKENS - 1)[:, None, None], states, -0.0), 0, keep_dims=True)
+        y = _summed(states * C_tile[:, :, None], OWN, LEVELS)
+        if D is not None:
+            y += u.to(tl.float32) * skip
+        if z is not None:
+            y *= _silu(gate.to(tl.float32), PTX)
+            gate = gate_next
+        inside = (start + token < length)[:, None] & known
+        tl.store(out + out_place, y.to(out.dtype.element_ty), mask=inside)
+        out += jump * out_token
+
+        u = u_next
+        step = _step_size(raw, bias, here, SOFTPLUS, PTX)
+        drive = step * u.to(tl.float32)
+        B_tile = B_next.to(tl.float32)
+        C_tile = C_next.to(tl.float32)
+    tl.store(final_state + in_states, h, mask=in_state_here)

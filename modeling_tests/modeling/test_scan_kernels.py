@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scan's own kernel against the loop in float64: any sizes, strides, pads, states in and out, however it is cut.
+
+`test_in_tritons_interpreter` runs this file once more, in a process of its own where the kernel runs on the CPU. Elsewhere
+it needs a GPU. The checks are functions of the device, for the GPU tests to use.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modeling_tests.modeling.test_decode_kernels import CAPS, CPU, INTERPRETED, Compare, Numbers, assert_near
+from remamba_hf.modeling.scan_kernels import ScanPlan, can_scan, scan_forward, scan_plan
+from remamba_hf.modeling.selective_scan import selective_scan_naive
+
+ROOT = Path(__file__).parents[2]
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="the kernel runs on a GPU or in Triton's interpreter")
+
+
+def test_in_tritons_interpreter():
+    """Its environment variable acts when triton is imported, on every kernel of the process."""
+    if INTERPRETED:
+        pytest.skip("this is the interpreter's process")
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--durations=5", __file__],
+        cwd=ROOT,
+        env={**environment, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def scan_arguments(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    skip: bool = True,
+    gate: bool = True,
+    state: bool = True,
+    bias: bool = True,
+    dt_dtype: torch.dtype | None = None,
+    lengths: tuple[int, ...] | None = None,
+) -> dict[str, Any]:
+    """A mixer's: x and z, and B and C, are parts of one tensor each, and states are not contiguous."""
+    rows, length, channels, size = sizes
+    numbers = Numbers(device, dtype)
+    x, z = numbers.normal(rows, length, 2 * channels).chunk(2, dim=-1)
+    _, B, C = numbers.normal(rows, length, 3 + 2 * size).split([3, size, size], dim=-1)
+    return dict(
+        x=x,
+        dt=numbers.normal(rows, length, channels, dtype=dt_dtype, mean=-1.0, scale=2.0),
+        A=-torch.exp(numbers.normal(channels, size, dtype=torch.float32)),
+        B=B,
+        C=C,
+        D=numbers.normal(channels, dtype=torch.float32) if skip else None,
+        z=z if gate else None,
+        initial_state=numbers.normal(rows, size, channels, dtype=torch.float32).transpose(1, 2) if state else None,
+        dt_bias=numbers.normal(channels, dtype=torch.float32, mean=-1.0) if bias else None,
+        softplus=True,
+        lengths=None if lengths is None else torch.tensor(lengths, device=device),
+    )
+
+
+def check_scan(
+    arguments: dict[str, Any],
+    plan: ScanPlan | None = None,
+    compare: Compare = assert_near,
+    state_cap: float = 2e-6,
+) -> None:
+    """y at tokens, finite numbers at pads, and the final state, which is float32 and as exact with any inputs."""
+    x, lengths = arguments["x"], arguments["lengths"]
+    tensors = {key: value for key, value in arguments.items() if key not in ("softplus", "lengths")}
+    assert can_scan(**tensors)
+    double = {
+        key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in arguments.items()
+    }
+    expected, expected_state = selective_scan_naive(**double)
+    before = {key: value.clone() for key, value in tensors.items() if value is not None}
+    y, state = scan_forward(**arguments, plan=plan)
+    assert (y.dtype, state.dtype) == (x.dtype, torch.float32)
+    assert y.isfinite().all()
+    assert all(torch.equal(tensors[key], value) for key, value in before.items()), "an input was written to"
+    if lengths is not None:
+        pads = (torch.arange(x.shape[1], device=x.device) >= lengths[:, None]).unsqueeze(-1)
+        assert not y.masked_select(pads).any()
+        y, expected = y.masked_fill(pads, 0.0), expected.masked_fill(pads, 0.0)
+    compare("scan, y", y, expected, CAPS[y.dtype])
+    compare("scan, state", state, expected_state, state_cap)
+
+
+@interpreted
+@pytest.mark.parametrize("size", [1, 5, 16])
+@pytest.mark.parametrize("channels", [3, 40])
+@pytest.mark.parametrize("length", [1, 7, 50])
+def test_any_sizes(length, channels, size):
+    lengths = {1: (1, 0), 7: None, 50: (31, 50)}[length]
+    check_scan(scan_arguments(CPU, torch.float32, (2, length, channels, size), lengths=lengths))
+
+
+@interpreted
+def test_a_large_state():
+    check_scan(scan_arguments(CPU, torch.float32, (1, 9, 2, 70)))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dt_dtype", ["own", torch.float32], ids=str)
+def test_narrow_inputs(dtype, dt_dtype):
+    """Only y is rounded, once: the state is what float32 makes of the inputs."""
+    dt_dtype = dtype if dt_dtype == "own" else dt_dtype
+    check_scan(scan_arguments(CPU, dtype, (2, 19, 9, 16), dt_dtype=dt_dtype, lengths=(19, 8)))
+
+
+@interpreted
+@pytest.mark.parametrize("missing", ["skip", "gate", "state", "bias"])
+def test_optional_arguments(missing):
+    check_scan(scan_arguments(CPU, torch.float32, (1, 18, 5, 4), **{missing: False}))
+    arguments = scan_arguments(CPU, torch.float32, (2, 18, 5, 4), **{missing: False}, lengths=(3, 18))
+    steps = {key: value if value is None else value.abs() for key, value in arguments.items() if key in ("dt", "dt_bias")}
+    check_scan({**arguments, **steps, "softplus": False})
+
+
+PLANS = [ScanPlan(1, 1, 1), ScanPlan(2, 16, 1), ScanPlan(64, 4, 2), ScanPlan(8, 64, 4)]
+
+
+@interpreted
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_however_it_is_cut(plan):
+    check_scan(scan_arguments(CPU, torch.float32, (2, 21, 7, 3), lengths=(21, 6)), plan)
+
+
+@interpreted
+def test_any_strides_and_what_stands_around():
+    """Sequences with the length or the rows fastest, tokens far apart, and numbers that are no numbers all around."""
+    arguments = scan_arguments(CPU, torch.float32, (2, 18, 5, 4), lengths=(18, 10))
+
+    def framed(tensor: torch.Tensor) -> torch.Tensor:
+        wide = torch.nn.functional.pad(tensor, (3, 2) + (1, 2) * (tensor.dim() - 1), value=torch.nan)
+        inside = wide[(slice(1, -2),) * (tensor.dim() - 1)][..., 3:-2]
+        assert torch.equal(inside, tensor)
+        return inside
+
+    for reshape in (framed, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), lambda t: t[:1].expand_as(t)):
+        again = {**arguments, **{key: reshape(arguments[key]) for key in ("x", "dt", "B", "C", "z")}}
+        check_scan(again)
+    pads = torch.arange(18) >= arguments["lengths"][:, None]
+    for key in ("x", "dt", "B", "C", "z"):  # what stands at pads is not read
+        arguments[key] = arguments[key].masked_fill(pads.unsqueeze(-1), 1e3)
+    expected = scan_forward(**arguments)
+    poisoned = {key: arguments[key].masked_fill(pads.unsqueeze(-1), torch.nan) for key in ("x", "dt", "B", "C", "z")}
+    for found, wanted in zip(scan_forward(**{**arguments, **poisoned}), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@interpreted
+def test_pieces_make_the_whole():
+    arguments = scan_arguments(CPU, torch.float32, (2, 40, 5, 4))
+    y, state = scan_forward(**arguments)
+    pieces, carried = [], arguments["initial_state"]
+    for begin, end in ((0, 1), (1, 17), (17, 40)):
+        part = {key: arguments[key][:, begin:end] for key in ("x", "dt", "B", "C", "z")}
+        piece, carried = scan_forward(**{**arguments, **part, "initial_state": carried})
+        pieces.append(piece)
+    assert_near("y", torch.cat(pieces, dim=1), y, 1e-6)
+    assert_near("state", carried, state, 1e-6)
+
+
+def check_small_and_large_steps(device: torch.device) -> None:
+    """From an empty state h = dt B x is dt: tiny ones keep their digits, large ones do not overflow."""
+    raw = torch.tensor([-80.0, -60.0, -30.0, -17.0, -12.0, -6.0, -1.0, 0.0, 1.0, 15.0, 50.0, 1000.0], device=device)
+    ones = torch.ones(1, 1, len(raw), device=device)
+    column = torch.ones(1, 1, 1, device=device)
+    rates, gate = -torch.ones(len(raw), 1, device=device), torch.full_like(ones, -200.0)
+    y, state = scan_forward(ones, raw[None, None], rates, column, column, None, None, softplus=True)
+    expected = torch.nn.functional.softplus(raw.double(), threshold=1e9)
+    # What float32 rounds of an exponent grows with it.
+    assert ((state[0, :, 0].double() - expected).abs() <= (4e-7 + 1.2e-7 * raw.abs()) * expected).all()
+    assert torch.equal(y[0, 0], state[0, :, 0])
+    y, _ = scan_forward(ones, raw[None, None], rates, column, column, None, gate, softplus=True)
+    assert not y.any(), "a gate that is shut lets something through"
+    for end in (0, 1):
+        _, kept = scan_forward(ones, raw[None, None], rates, column, column, None, None, state, None, True, None)
+        same = scan_forward(ones, raw[None, None] * 0, rates, column, column, None, None, state, None, False, None)[1]
+        assert torch.equal(same, state), "a step of 0 changed the state"
+        lengths = torch.tensor([end], device=device)
+        found = scan_forward(ones, raw[None, None], rates, column, column, None, None, state, None, True, lengths)[1]
+        assert torch.equal(found, kept if end else state)
+
+
+@interpreted
+def test_small_and_large_steps():
+    check_small_and_large_steps(CPU)
+
+
+@interpreted
+def test_fast_decay_gives_no_nan():
+    arguments = scan_arguments(CPU, torch.float32, (1, 20, 5, 4))
+    for scale in (1e4, 1e30):
+        check_scan({**arguments, "A": arguments["A"] * scale})
+
+
+def test_what_the_kernel_does_not_take():
+    arguments = scan_arguments(CPU, torch.float32, (1, 3, 4, 2))
+    del arguments["softplus"], arguments["lengths"]
+    assert can_scan(**arguments) == INTERPRETED
+    assert not can_scan(**{**arguments, "x": arguments["x"].double()})
+    assert not can_scan(**{**arguments, "x": arguments["x"][:, :0]})
+    assert not can_scan(**{**arguments, "A": arguments["A"][:, :1].expand(4, 257)})
+    assert not can_scan(**{**arguments, "D": torch.zeros(4, device="meta")})
+
+
+@pytest.mark.parametrize("key", ["dt", "A", "B", "C", "D", "z", "initial_state", "dt_bias", "lengths"])
+def test_shapes_that_do_not_fit_are_told(key):
+    arguments = scan_arguments(CPU, torch.float32, (2, 3, 4, 2), lengths=(1, 2))
+    arguments[key] = arguments[key][..., :-1]
+    with pytest.raises(ValueError, match=r"has the shape .* expected"):
+        scan_forward(**arguments)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+@pytest.mark.parametrize("channels", [1, 3, 768, 1536, 5120])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 32, 64, 128, 256])
+def test_plans_fit(size, channels, rows):
+    """Whole warps, all of which have something to do, and at most 64 elements a thread."""
+    plan = scan_plan(rows, channels, size)
+    columns = 1 << (size - 1).bit_length()
+    assert all(value & (value - 1) == 0 for value in (plan.tokens, plan.channels, plan.warps))
+    assert 1 <= plan.warps <= 16
+    threads = 32 * plan.warps
+    assert threads <= plan.channels * columns
+    assert plan.tokens * plan.channels * columns <= 64 * threads
