@@ -68,9 +68,11 @@ def test_optional_arguments(missing):
         check(scan_arguments(CUDA, dtype, (2, 50, 70, 16), **{missing: False}))
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
 @pytest.mark.parametrize(("rows", "channels"), [(1, 5120), (4, 5120), (1, 1536), (2, 1536)])
-def test_large_models(rows, channels):
-    check(scan_arguments(CUDA, torch.bfloat16, (rows, 6144, channels, 16), state=rows > 1))
+def test_large_models(rows, channels, parts):
+    arguments = scan_arguments(CUDA, torch.bfloat16, (rows, 6144, channels, 16), state=rows > 1)
+    check(arguments, scan_plan(16)._replace(parts=parts))
 
 
 @pytest.mark.parametrize("tokens", [4, 8, 16, 32])
@@ -79,18 +81,30 @@ def test_however_it_is_cut(channels, tokens):
     for warps in (1, 2, 4, 8):
         if 2 * warps <= channels and tokens * channels <= 256 * warps:
             arguments = scan_arguments(CUDA, torch.bfloat16, (2, 100, 300, 16), lengths=(100, 37))
-            check(arguments, ScanPlan(tokens, channels, warps))
+            for parts in (1, 2, 3, 4):
+                check(arguments, ScanPlan(tokens, channels, warps, parts))
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 64, 256])
+def test_parts_of_the_length(size):
+    for length, lengths in ((1, (1, 0)), (16, (16, 3)), (17, (17, 16)), (70, (70, 21)), (333, (100, 333))):
+        for dtype in DTYPES:
+            arguments = scan_arguments(CUDA, dtype, (2, length, 40, size), lengths=lengths)
+            for parts in (2, 3, 4, 7):
+                check(arguments, scan_plan(size)._replace(parts=parts))
 
 
 def test_small_and_large_steps():
     check_small_and_large_steps(CUDA)
 
 
-def test_results_do_not_change_from_run_to_run():
+@pytest.mark.parametrize("parts", [1, 4])
+def test_results_do_not_change_from_run_to_run(parts):
     arguments = scan_arguments(CUDA, torch.bfloat16, (2, 1000, 1536, 16), lengths=(1000, 700))
-    first = scan_forward(**arguments)
+    plan = scan_plan(16)._replace(parts=parts)
+    first = scan_forward(**arguments, plan=plan)
     for _ in range(20):
-        assert all(torch.equal(*pair) for pair in zip(scan_forward(**arguments), first, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(scan_forward(**arguments, plan=plan), first, strict=True))
 
 
 def test_the_second_device_while_the_first_is_current():
@@ -105,7 +119,8 @@ def needs_memory(gigabytes: int) -> None:
         pytest.skip(f"needs {gigabytes} GB of free memory on the device")
 
 
-def test_tokens_and_rows_far_apart():
+@pytest.mark.parametrize("parts", [1, 4])
+def test_tokens_and_rows_far_apart(parts):
     """What is read lies more than 2^31 elements behind the first: along the tokens, then along the rows."""
     needs_memory(6)
     arguments = scan_arguments(CUDA, torch.bfloat16, (1, 2200, 24, 16))
@@ -114,7 +129,7 @@ def test_tokens_and_rows_far_apart():
         at = {"x": 0, "dt": 64, "z": 128, "B": 192, "C": 256}[key]
         view = wide[None, :, at : at + arguments[key].shape[-1]]
         arguments[key] = view.copy_(arguments[key])
-    check(arguments)
+    check(arguments, scan_plan(16)._replace(parts=parts))
     again = scan_arguments(CUDA, torch.bfloat16, (2200, 1, 24, 16))
     for key in ("x", "dt", "z", "B", "C"):
         again[key] = arguments[key].transpose(0, 1)
@@ -129,7 +144,7 @@ def test_results_of_more_than_two_to_the_31():
     expected = scan_forward(**arguments)
     for key in ("x", "dt", "z", "B", "C"):
         arguments[key] = arguments[key].expand(rows, -1, -1)
-    results = scan_forward(**arguments, plan=scan_plan(1, channels, size))
+    results = scan_forward(**arguments)
     for result, row in zip(results, expected, strict=True):
         assert result.numel() > 2**31
         for first in range(0, rows, 4000):

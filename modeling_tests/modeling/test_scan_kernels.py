@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from modeling_tests.modeling.test_decode_kernels import CAPS, CPU, INTERPRETED, Compare, Numbers, assert_near
+from remamba_hf.modeling import scan_kernels as module
 from remamba_hf.modeling.scan_kernels import ScanPlan, can_scan, scan_forward, scan_plan
 from remamba_hf.modeling.selective_scan import selective_scan_naive
 
@@ -143,9 +144,47 @@ def test_however_it_is_cut(plan):
 
 
 @interpreted
-def test_any_strides_and_what_stands_around():
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("sizes", "lengths", "missing"),
+    [
+        ((1, 1, 3, 4), None, None),  # less than a tile
+        ((2, 4, 3, 1), (4, 0), None),  # a tile
+        ((2, 21, 7, 5), (21, 6), None),  # pads begin in an early part
+        ((3, 33, 4, 16), (33, 16, 17), None),  # at, and behind, where a part does
+        ((2, 18, 5, 4), None, "state"),
+        ((2, 18, 5, 4), (9, 18), "bias"),
+    ],
+    ids=str,
+)
+def test_parts_of_the_length(sizes, lengths, missing, parts):
+    """Any of them may have no tokens at all, the last one too."""
+    options = {} if missing is None else {missing: False}
+    arguments = scan_arguments(CPU, torch.float32, sizes, lengths=lengths, **options)
+    check_scan(arguments, ScanPlan(4, 8, 1, parts))
+
+
+@interpreted
+@pytest.mark.parametrize(("length", "parts", "expected"), [(1, 4, 1), (14, 4, 4), (17, 4, 3), (13, 3, 2), (50, 1, 1)])
+def test_no_part_is_without_tokens_of_the_length(length, parts, expected, monkeypatch):
+    grids = []
+
+    def counted(kernel: Any, grid: tuple[int, ...], *others: Any, **constants: Any) -> None:
+        grids.append(grid[2])
+        launch(kernel, grid, *others, **constants)
+
+    launch = module._launch
+    monkeypatch.setattr(module, "_launch", counted)
+    scan_forward(**scan_arguments(CPU, torch.float32, (1, length, 2, 2)), plan=ScanPlan(4, 8, 1, parts))
+    assert grids == ([1] if expected == 1 else [expected - 1, expected])
+
+
+@interpreted
+@pytest.mark.parametrize("parts", [1, 3])
+def test_any_strides_and_what_stands_around(parts):
     """Sequences with the length or the rows fastest, tokens far apart, and numbers that are no numbers all around."""
     arguments = scan_arguments(CPU, torch.float32, (2, 18, 5, 4), lengths=(18, 10))
+    plan = ScanPlan(4, 8, 1, parts)
 
     def framed(tensor: torch.Tensor) -> torch.Tensor:
         wide = torch.nn.functional.pad(tensor, (3, 2) + (1, 2) * (tensor.dim() - 1), value=torch.nan)
@@ -155,13 +194,13 @@ def test_any_strides_and_what_stands_around():
 
     for reshape in (framed, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), lambda t: t[:1].expand_as(t)):
         again = {**arguments, **{key: reshape(arguments[key]) for key in ("x", "dt", "B", "C", "z")}}
-        check_scan(again)
+        check_scan(again, plan)
     pads = torch.arange(18) >= arguments["lengths"][:, None]
     for key in ("x", "dt", "B", "C", "z"):  # what stands at pads is not read
         arguments[key] = arguments[key].masked_fill(pads.unsqueeze(-1), 1e3)
-    expected = scan_forward(**arguments)
+    expected = scan_forward(**arguments, plan=plan)
     poisoned = {key: arguments[key].masked_fill(pads.unsqueeze(-1), torch.nan) for key in ("x", "dt", "B", "C", "z")}
-    for found, wanted in zip(scan_forward(**{**arguments, **poisoned}), expected, strict=True):
+    for found, wanted in zip(scan_forward(**{**arguments, **poisoned}, plan=plan), expected, strict=True):
         assert torch.equal(found, wanted)
 
 
@@ -209,7 +248,8 @@ def test_small_and_large_steps():
 def test_fast_decay_gives_no_nan():
     arguments = scan_arguments(CPU, torch.float32, (1, 20, 5, 4))
     for scale in (1e4, 1e30):
-        check_scan({**arguments, "A": arguments["A"] * scale})
+        for parts in (1, 3):
+            check_scan({**arguments, "A": arguments["A"] * scale}, ScanPlan(4, 8, 1, parts))
 
 
 def test_what_the_kernel_does_not_take():
@@ -230,15 +270,18 @@ def test_shapes_that_do_not_fit_are_told(key):
         scan_forward(**arguments)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 64])
-@pytest.mark.parametrize("channels", [1, 3, 768, 1536, 5120])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 32, 64, 128, 256])
-def test_plans_fit(size, channels, rows):
+def test_plans_fit(size):
     """Whole warps, all of which have something to do, and at most 64 elements a thread."""
-    plan = scan_plan(rows, channels, size)
+    plan = scan_plan(size)
     columns = 1 << (size - 1).bit_length()
     assert all(value & (value - 1) == 0 for value in (plan.tokens, plan.channels, plan.warps))
     assert 1 <= plan.warps <= 16
     threads = 32 * plan.warps
     assert threads <= plan.channels * columns
     assert plan.tokens * plan.channels * columns <= 64 * threads
+    assert plan.channels >= 8
+
+
+def test_the_plan_of_mamba_s_state_is_the_one_that_was_fastest():
+    assert scan_plan(16) == ScanPlan(16, 16, 2)

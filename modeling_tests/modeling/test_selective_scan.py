@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from modeling_tests.modeling.tiny_models import assert_close, rms_ratio, tiny_model
 from remamba_hf.modeling import selective_scan as module
 from remamba_hf.modeling.optional_kernels import without_kernels
-from remamba_hf.modeling.selective_scan import selective_scan, selective_scan_naive, selective_scan_step
+from remamba_hf.modeling.selective_scan import (
+    linear_by_length,
+    selective_scan,
+    selective_scan_naive,
+    selective_scan_step,
+    wants_length_fastest,
+)
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "initial_state")
 LENGTHS = (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 511, 513, 1023, 1025, 2047, 2049)
@@ -548,3 +554,30 @@ def test_pieces_through_the_cuda_kernel_make_the_whole(kernel_calls, cut):
 
     expected = values_and_gradients(selective_scan_naive, [a.double() for a in arguments])
     assert_results(values_and_gradients(in_pieces, arguments), expected, 5e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_projection_laid_out_by_length(parts, bias):
+    """The same numbers and gradients as nn.Linear; L is the fastest dimension, and rows and tokens are one."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 10, dtype=torch.float64)[..., 2:8].requires_grad_()
+    weight = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    offset = torch.randn(4, dtype=torch.float64, requires_grad=True) if bias else None
+    expected = F.linear(x, weight, offset)
+    found = linear_by_length(x, weight, offset, parts)
+    assert len(found) == parts
+    assert torch.allclose(torch.cat(found, dim=-1), expected, atol=1e-12)
+    for part in found:
+        assert part.stride()[:2] == (7, 1)
+        assert part.flatten(0, 1).data_ptr() == part.data_ptr(), "rows and tokens are no longer one dimension"
+    leaves = [t for t in (x, weight, offset) if t is not None]
+    factor = torch.randn_like(expected)
+    gradients = torch.autograd.grad((torch.cat(found, dim=-1) * factor).sum(), leaves)
+    for gradient, wanted in zip(gradients, torch.autograd.grad((expected * factor).sum(), leaves), strict=True):
+        assert torch.allclose(gradient, wanted, atol=1e-12)
+
+
+def test_on_a_cpu_nothing_is_laid_out_by_length():
+    x, weight = torch.randn(2, 5, 3, requires_grad=True), torch.randn(4, 3)
+    assert not wants_length_fastest(x, weight)

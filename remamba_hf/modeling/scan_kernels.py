@@ -4,7 +4,8 @@
 
 Every sequence is read once, from where it is: [B, L, .] with any strides but the last, so that the halves of a projection
 need no copy. The step size's bias and softplus, pads, the state that comes in, skip and gate are inside; only the result and
-the final state are written.
+the final state are written. A length that is cut into parts is read twice instead: first for the states that the parts start
+from, then by all parts at the same time.
 
 `can_scan` says where the kernel runs; its reference is `selective_scan_naive` (selective_scan.py).
 
@@ -20,7 +21,6 @@ import torch
 from .decode_kernels import (
     _INTERPRETED,
     _KERNEL_DTYPES,
-    _PROCESSORS,
     _blocks,
     _check_shape,
     _launch,
@@ -32,38 +32,38 @@ from .decode_kernels import (
     tl,
 )
 
-_SCHEDULERS = 4 * _PROCESSORS
 _LARGEST_STATE = 256  # of a channel, which a program holds in registers
 
 
 class ScanPlan(NamedTuple):
-    """How `scan_forward` is cut into programs, each for some channels of a row and all of its tokens.
+    """How `scan_forward` is cut into programs, each for some channels of a row and the tokens of a part of its length.
 
     tokens: that are computed at a time; a power of two.
     channels: of a program; a power of two.
     warps: of 32 threads a program.
+    parts: of the length, at most, that are computed at the same time, of as many `tokens` each. More than one cost a pass
+        over all but the last of them for the states that they start from, which does without C, z, D and y.
     """
 
     tokens: int
     channels: int
     warps: int
+    parts: int = 1
 
 
-def scan_plan(rows: int, channels: int, size: int) -> ScanPlan:
-    """The cut for rows of so many channels with a state of `size`.
+def scan_plan(size: int) -> ScanPlan:
+    """The cut for channels with a state of `size`.
 
-    The time is that of the scheduler with most to do, and tokens come one after the other: what can be spread is the states
-    alone. Threads keep 4 of a channel's states, or 2 where that leaves fewer idle: then a state costs 10.6 instructions a
-    token instead of 9.5. 16 tokens at a time, so that the next ones arrive meanwhile, in 125 to 170 registers. Programs of
-    few channels spread well; 8 are the 16 bytes that a thread may load at a time.
+    Measured on an H100 with mamba-2.8b's row of 6144 tokens (E = 5120, N = 16, bfloat16). Its time is the latency of one or
+    two warps a scheduler, so what counts is how much of a thread's work depends on nothing: with 4 of a channel's states a
+    thread and 16 tokens at a time 464 us (16 channels, 2 warps), 471 (8, 1), 514 (16, 4: 2 states a thread), 519 (32, 4);
+    with 2 states 621 (8, 2) and 545 (32, 8), with 8 tokens 605 (8, 1). States of more than 64 get 8 of a channel's a thread
+    and 8 tokens, which is as many registers. Programs have 8 channels at least, 16 bytes, which a thread loads at a time.
+    More than one part is not measured yet.
     """
     columns = _power_of_two(size)
-    costs = {}
-    for own, instructions in ((4, 9.5), (2, 10.6)):
-        warps = _blocks(rows * channels * columns, 32 * own)
-        costs[own] = _blocks(warps, _SCHEDULERS) * own * instructions
-    own = 8 if columns > 64 else min(min(costs, key=costs.__getitem__), columns)
-    block = max(8, 32 * own // columns)
+    own = 8 if columns > 64 else min(4, columns)
+    block = max(8, 64 * own // columns)
     return ScanPlan(8 if columns > 64 else 16, block, block * columns // (32 * own))
 
 
@@ -126,32 +126,46 @@ def scan_forward(
     _check_shape("initial_state", initial_state, (rows, channels, size))
     _check_shape("lengths", lengths, (rows,))
     if plan is None:
-        plan = scan_plan(rows, channels, size)
+        plan = scan_plan(size)
     x, dt, B, C = (_with_columns(sequence) for sequence in (x, dt, B, C))
     z = None if z is None else _with_columns(z)
+    A = A.contiguous()
     D, dt_bias, initial_state, lengths = (t if t is None else t.contiguous() for t in (D, dt_bias, initial_state, lengths))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     final_state = x.new_empty(rows, channels, size, dtype=torch.float32)
     columns = _power_of_two(size)
     own = min(max(plan.channels * columns // (32 * plan.warps), 1), columns, 4)
+    part_length = _blocks(_blocks(length, plan.tokens), plan.parts) * plan.tokens
+    parts = _blocks(length, part_length)
+    added = steps = None
+    if parts > 1:
+        added = x.new_empty(rows, parts - 1, channels, size, dtype=torch.float32)
+        steps = x.new_empty(rows, parts - 1, channels, dtype=torch.float32)
     sequences = (x, dt, B, C, x if z is None else z, out)
-    _launch(
-        _scan_kernel,
-        (_blocks(channels, plan.channels), rows),
-        plan.warps,
-        *(x, dt, A.contiguous(), B, C, D, z, initial_state, dt_bias, lengths, out, final_state, length),
-        *(stride for sequence in sequences for stride in sequence.stride()[:2]),
-        CHANNELS=channels,
-        SIZE=size,
-        SOFTPLUS=softplus,
-        TOKENS=plan.tokens,
-        BLOCK=plan.channels,
-        BLOCK_SIZE=columns,
-        OWN=own,
-        LEVELS=min((columns // own).bit_length() - 1, 4),
-        PTX=not _INTERPRETED and torch.version.cuda is not None,
-        INTERPRETED_LENGTH=length if _INTERPRETED else None,  # the interpreter counts to no number that is an argument
-    )
+
+    def launch(parts_now: int, *read_and_written: torch.Tensor | None) -> None:
+        _launch(
+            _scan_kernel,
+            (_blocks(channels, plan.channels), rows, parts_now),
+            plan.warps,
+            *(x, dt, A, B, dt_bias, lengths, added, steps, *read_and_written, length, part_length),
+            *(stride for sequence in sequences for stride in sequence.stride()[:2]),
+            CHANNELS=channels,
+            SIZE=size,
+            SOFTPLUS=softplus,
+            TOKENS=plan.tokens,
+            BLOCK=plan.channels,
+            BLOCK_SIZE=columns,
+            PARTS=parts,
+            OWN=own,
+            LEVELS=min((columns // own).bit_length() - 1, 4),
+            PTX=not _INTERPRETED and torch.version.cuda is not None,
+            INTERPRETED_LENGTH=part_length if _INTERPRETED else None,  # the interpreter counts to no number but a constant
+        )
+
+    if parts > 1:
+        launch(parts - 1, None, None, None, None, None, None)
+    launch(parts, C, D, z, initial_state, out, final_state)
     return out, final_state
 
 
@@ -233,20 +247,68 @@ def _step_size(raw, bias, here, SOFTPLUS: tl.constexpr, PTX: tl.constexpr):
 
 
 @jit
+def _after_parts(
+    h,
+    rate,
+    added,
+    steps,
+    row,
+    part,
+    channel,
+    CHANNELS,
+    SIZE,
+    in_state,
+    in_state_here,
+    PARTS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """The state [1, states, channels] that `part` starts from, from the row's first, `h`: see `_scan_kernel`.
+
+    Parts that are not before this one are read as no steps and nothing added, so that all can be fetched at once.
+    """
+    for before in tl.static_range(PARTS - 1):
+        first = (row * (PARTS - 1) + before) * CHANNELS
+        here = (before < part) & (channel < CHANNELS)[None, None, :]
+        passed = tl.load(steps + first + channel[None, None, :], mask=here, other=0.0)
+        reached = tl.load(added + first * SIZE + in_state, mask=(before < part) & in_state_here, other=0.0)
+        h = _exp2(passed * rate, PTX) * h + reached
+    return h
+
+
+@jit
+def _without_pads(length, lengths, row, begin):
+    if lengths is not None:
+        length = tl.minimum(tl.load(lengths + row).to(tl.int32) - begin, length)
+    return length
+
+
+@jit
+def _skipped_and_gated(y, u, skip, gate, PTX: tl.constexpr):
+    if skip is not None:
+        y += u.to(tl.float32) * skip
+    if gate is not None:
+        y *= _silu(gate.to(tl.float32), PTX)
+    return y
+
+
+@jit
 def _scan_kernel(
     x,
     dt,
     A,
     B,
+    dt_bias,
+    lengths,
+    added,
+    steps,
     C,
     D,
     z,
     initial_state,
-    dt_bias,
-    lengths,
     out,
     final_state,
     length,
+    part_length,
     x_row,
     x_token,
     dt_row,
@@ -265,13 +327,20 @@ def _scan_kernel(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
     OWN: tl.constexpr,
     LEVELS: tl.constexpr,
     PTX: tl.constexpr,
     INTERPRETED_LENGTH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    """Every part of the length from the state that the parts before it leave: `out`, and `final_state` by the last part.
+
+    Without `out`: of every part but the last, the state that it makes of none, `added` [B, parts - 1, E, N], and the sum of
+    its step sizes, `steps` [B, parts - 1, E], which is all that its decay depends on.
+    """
     row = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.arange(0, TOKENS)
     place = token.to(tl.int64)[:, None]
@@ -280,9 +349,11 @@ def _scan_kernel(
         gdc_wait()
         gdc_launch_dependents()
 
-    end = length
-    if lengths is not None:
-        end = tl.minimum(tl.load(lengths + row).to(tl.int32), length)
+    # From here on tokens are counted from the part's first.
+    begin = part * part_length
+    length -= begin
+    end = _without_pads(length, lengths, row, begin)
+    stop = tl.minimum(end if out is None else length, part_length)
     known = (channel < CHANNELS)[None, :]
     column_known = (column < SIZE)[None, :]
     # With its tokens' dimension of one, the state comes in the layout that the loop keeps it in.
@@ -294,48 +365,57 @@ def _scan_kernel(
         h = tl.load(initial_state + in_states, mask=in_state_here, other=0.0).to(tl.float32)
     else:
         h = tl.zeros([1, BLOCK_SIZE, BLOCK], tl.float32)
+    if out is None:
+        total = tl.zeros([TOKENS, BLOCK], tl.float32)
+    else:
+        h = _after_parts(h, rate, added, steps, row, part, channel, CHANNELS, SIZE, in_state, in_state_here, PARTS, PTX)
     bias = None
     if dt_bias is not None:
         bias = tl.load(dt_bias + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
+    skip = None
     if D is not None:
         skip = tl.load(D + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
 
     # A sequence's tiles: a pointer that moves, and where the elements of a tile are behind it.
     jump = tl.full([], TOKENS, tl.int64)
-    x += row * x_row
-    dt += row * dt_row
-    B += row * B_row
-    C += row * C_row
-    out += row * out_row
+    begin = begin.to(tl.int64)
+    x += row * x_row + begin * x_token
+    dt += row * dt_row + begin * dt_token
+    B += row * B_row + begin * B_token
     x_place = place * x_token + channel[None, :]
     dt_place = place * dt_token + channel[None, :]
     B_place = place * B_token + column[None, :]
-    C_place = place * C_token + column[None, :]
-    out_place = place * out_token + channel[None, :]
     here = (token < end)[:, None]
     u = tl.load(x + x_place, mask=here & known, other=0.0)
     raw = tl.load(dt + dt_place, mask=here & known, other=0.0)
     B_tile = tl.load(B + B_place, mask=here & column_known, other=0.0).to(tl.float32)
-    C_tile = tl.load(C + C_place, mask=here & column_known, other=0.0).to(tl.float32)
+    if out is not None:
+        C += row * C_row + begin * C_token
+        C_place = place * C_token + column[None, :]
+        C_tile = tl.load(C + C_place, mask=here & column_known, other=0.0).to(tl.float32)
+        out += row * out_row + begin * out_token
+        out_place = place * out_token + channel[None, :]
+    gate = None
     if z is not None:
-        z += row * z_row
+        z += row * z_row + begin * z_token
         z_place = place * z_token + channel[None, :]
         gate = tl.load(z + z_place, mask=here & known, other=0.0)
     step = _step_size(raw, bias, here, SOFTPLUS, PTX)
     drive = step * u.to(tl.float32)
 
-    for start in range(0, length if INTERPRETED_LENGTH is None else INTERPRETED_LENGTH, TOKENS):
+    for start in range(0, stop if INTERPRETED_LENGTH is None else INTERPRETED_LENGTH, TOKENS):
         # The next tile is on its way while this one is computed.
         here = (start + TOKENS + token < end)[:, None]
         x += jump * x_token
         dt += jump * dt_token
         B += jump * B_token
-        C += jump * C_token
         u_next = tl.load(x + x_place, mask=here & known, other=0.0)
         raw = tl.load(dt + dt_place, mask=here & known, other=0.0)
         B_next = tl.load(B + B_place, mask=here & column_known, other=0.0)
-        C_next = tl.load(C + C_place, mask=here & column_known, other=0.0)
-        if z is not None:
+        if out is not None:
+            C += jump * C_token
+            C_next = tl.load(C + C_place, mask=here & column_known, other=0.0)
+        if gate is not None:
             z += jump * z_token
             gate_next = tl.load(z + z_place, mask=here & known, other=0.0)
 
@@ -345,19 +425,26 @@ def _scan_kernel(
         _, states = tl.associative_scan((decay, value), 0, _joined)
         # -0.0 is what can be added without changing anything, and so costs nothing.
         h = tl.sum(tl.where((token == TOKENS - 1)[:, None, None], states, -0.0), 0, keep_dims=True)
-        y = _summed(states * C_tile[:, :, None], OWN, LEVELS)
-        if D is not None:
-            y += u.to(tl.float32) * skip
-        if z is not None:
-            y *= _silu(gate.to(tl.float32), PTX)
-            gate = gate_next
-        inside = (start + token < length)[:, None] & known
-        tl.store(out + out_place, y.to(out.dtype.element_ty), mask=inside)
-        out += jump * out_token
+        if out is None:
+            total += step
+        else:
+            y = _summed(states * C_tile[:, :, None], OWN, LEVELS)
+            y = _skipped_and_gated(y, u, skip, gate, PTX)
+            inside = (start + token < stop)[:, None] & known
+            tl.store(out + out_place, y.to(out.dtype.element_ty), mask=inside)
+            out += jump * out_token
+            C_tile = C_next.to(tl.float32)
 
+        if gate is not None:
+            gate = gate_next
         u = u_next
         step = _step_size(raw, bias, here, SOFTPLUS, PTX)
         drive = step * u.to(tl.float32)
         B_tile = B_next.to(tl.float32)
-        C_tile = C_next.to(tl.float32)
-    tl.store(final_state + in_states, h, mask=in_state_here)
+
+    if out is None:
+        first = (row * (PARTS - 1) + part) * CHANNELS
+        tl.store(added + first * SIZE + in_state, h, mask=in_state_here)
+        tl.store(steps + first + channel, tl.sum(total, 0), mask=channel < CHANNELS)
+    else:
+        tl.store(final_state + in_states, h, mask=in_state_here & (part == PARTS - 1))
