@@ -476,7 +476,6 @@ def check_model_steps(
     steps: int,
     step: Callable = note_step,
     compare: Compare = assert_near,
-    limit: float = 1e-5,
     **settings: Any,
 ) -> None:
     """Decoding behind prompts of these lengths, over ends of chunks: logits of every step and states behind the last."""
@@ -499,13 +498,13 @@ def check_model_steps(
             wanted = notes.run(model, tokens[:, at : at + 1])
             if notes.needs_upkeep():
                 notes.upkeep(model)
-            compare("a model's step, logits", logits, eager(tokens[:, at]), limit)
-            compare("a model's step, logits beside those of modules", logits, wanted, limit)
+            compare("a model's step, logits", logits, eager(tokens[:, at]), 1e-5)
+            compare("a model's step, logits beside those of modules", logits, wanted, 1e-5)
         fused.end(model, mine)
         notes.end(model, modules)
     assert commits >= 2
-    assert_same_notes(mine, expected, limit, model.config)
-    assert_same_notes(mine, modules, limit, model.config)
+    assert_same_notes(mine, expected, 1e-5, model.config)
+    assert_same_notes(mine, modules, 1e-5, model.config)
 
 
 def assert_same_notes(actual: Any, expected: Any, limit: float, config: Any) -> None:
