@@ -133,7 +133,7 @@ def test_captured_steps_are_those_of_the_modules(rows):
     """Twice from the same states, with weights that have changed in between.
 
     Weights that far from their start amplify float32's rounding, so the limit is three times what that alone does to the
-    modules (measured on a CPU: modules 1e-5 to 8e-5 beside float64, the kernels' references up to 1e-5 beside the modules).
+    modules' logits and states (on a CPU: 1e-5 to 8e-5 beside float64, kernels' references up to 1e-5 beside the modules).
     """
     settings = dict(hidden_size=64, note_size=64, note_heads=4, pool_size=20, num_hidden_layers=5, state_size=16)
     model = tiny_memmamba(torch.float32, **settings).to(CUDA)

@@ -361,7 +361,7 @@ def check_selective_step(
     functions = (selective_step, selective_step_naive) if parts else (selective_update, selective_update_naive)
     if parts:
         given = dict(
-            partials=numbers.normal(parts, rows, rank + 2 * size, dtype=torch.float32),
+            partials=numbers.normal(parts, rows, rank + 2 * size, dtype=torch.float32, scale=parts**-0.5),
             step_weight=numbers.normal(channels, rank, scale=rank**-0.5),
         )
     else:

@@ -24,6 +24,7 @@ from modeling_tests.modeling.test_decode_kernels import CAPS, CPU, INTERPRETED, 
 from modeling_tests.modeling.tiny_models import (
     assert_close,
     assert_same_memory,
+    cached_states,
     memory_states,
     random_rows,
     rms_ratio,
@@ -558,15 +559,19 @@ def test_only_ties_may_change_places():
 
 
 def rounding_of_the_modules(model: Any, ids: torch.Tensor, tokens: torch.Tensor) -> float:
-    """What float32 alone changes: rms ratio of the logits of a model's steps, as its modules take them, to those of the same
-    model in float64."""
+    """What float32 alone changes: the largest rms ratio of the logits of a model's steps, as its modules take them, and of
+    the layers' states behind them, to those of the same model in float64."""
     exact = copy.deepcopy(model).double().cpu()
-    steps, wanted = (EagerStep(each, each(ids.to(each.device), use_cache=True).cache_params) for each in (model, exact))
+    caches = [each(ids.to(each.device), use_cache=True).cache_params for each in (model, exact)]
+    steps = [EagerStep(each, cache) for each, cache in zip((model, exact), caches, strict=True)]
     columns = tokens.unbind(1)
     logits, exact_logits = (
-        torch.stack([step(column.to(step.model.device)).cpu() for column in columns]) for step in (steps, wanted)
+        torch.stack([step(column.to(step.model.device)).cpu() for column in columns]) for step in steps
     )
-    return rms_ratio(logits, exact_logits)
+    pairs = [(logits, exact_logits)]
+    for mine, wanted in zip(*(cached_states(cache) for cache in caches), strict=True):
+        pairs += zip(mine, wanted, strict=True)
+    return max(rms_ratio(one.cpu(), other.cpu()) for one, other in pairs)
 
 
 @pytest.mark.parametrize("rule", ["priority", "fifo", "periodic"])
