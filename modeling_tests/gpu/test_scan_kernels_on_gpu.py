@@ -72,7 +72,7 @@ def test_optional_arguments(missing):
 @pytest.mark.parametrize(("rows", "channels"), [(1, 5120), (4, 5120), (1, 1536), (2, 1536)])
 def test_large_models(rows, channels, parts):
     arguments = scan_arguments(CUDA, torch.bfloat16, (rows, 6144, channels, 16), state=rows > 1)
-    check(arguments, scan_plan(16)._replace(parts=parts))
+    check(arguments, scan_plan(1, 6144, 5120, 16)._replace(parts=parts))
 
 
 @pytest.mark.parametrize("tokens", [4, 8, 16, 32])
@@ -91,7 +91,15 @@ def test_parts_of_the_length(size):
         for dtype in DTYPES:
             arguments = scan_arguments(CUDA, dtype, (2, length, 40, size), lengths=lengths)
             for parts in (2, 3, 4, 7):
-                check(arguments, scan_plan(size)._replace(parts=parts))
+                check(arguments, scan_plan(1, 6144, 5120, size)._replace(parts=parts))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_steps_of_some_tokens_are_shifted(parts):
+    plan = scan_plan(1, 6144, 5120, 16)._replace(parts=parts)
+    for dtype in DTYPES:
+        check(scan_arguments(CUDA, dtype, (2, 333, 70, 16), lengths=(333, 100), shift=True), plan)
+        check(scan_arguments(CUDA, dtype, (2, 333, 70, 16), bias=False, shift=True), plan)
 
 
 def test_small_and_large_steps():
@@ -101,7 +109,7 @@ def test_small_and_large_steps():
 @pytest.mark.parametrize("parts", [1, 4])
 def test_results_do_not_change_from_run_to_run(parts):
     arguments = scan_arguments(CUDA, torch.bfloat16, (2, 1000, 1536, 16), lengths=(1000, 700))
-    plan = scan_plan(16)._replace(parts=parts)
+    plan = scan_plan(1, 6144, 5120, 16)._replace(parts=parts)
     first = scan_forward(**arguments, plan=plan)
     for _ in range(20):
         assert all(torch.equal(*pair) for pair in zip(scan_forward(**arguments, plan=plan), first, strict=True))
@@ -129,7 +137,7 @@ def test_tokens_and_rows_far_apart(parts):
         at = {"x": 0, "dt": 64, "z": 128, "B": 192, "C": 256}[key]
         view = wide[None, :, at : at + arguments[key].shape[-1]]
         arguments[key] = view.copy_(arguments[key])
-    check(arguments, scan_plan(16)._replace(parts=parts))
+    check(arguments, scan_plan(1, 6144, 5120, 16)._replace(parts=parts))
     again = scan_arguments(CUDA, torch.bfloat16, (2200, 1, 24, 16))
     for key in ("x", "dt", "z", "B", "C"):
         again[key] = arguments[key].transpose(0, 1)

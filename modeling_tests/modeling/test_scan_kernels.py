@@ -43,6 +43,10 @@ def test_in_tritons_interpreter():
     assert " passed" in result.stdout
 
 
+def shift_of(numbers: Numbers, tokens: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return numbers.some(tokens).nonzero()[:, 0], numbers.normal(channels, dtype=torch.float32)
+
+
 def scan_arguments(
     device: torch.device,
     dtype: torch.dtype,
@@ -53,6 +57,7 @@ def scan_arguments(
     bias: bool = True,
     dt_dtype: torch.dtype | None = None,
     lengths: tuple[int, ...] | None = None,
+    shift: bool = False,
 ) -> dict[str, Any]:
     """A mixer's: x and z, and B and C, are parts of one tensor each, and states are not contiguous."""
     rows, length, channels, size = sizes
@@ -71,6 +76,7 @@ def scan_arguments(
         dt_bias=numbers.normal(channels, dtype=torch.float32, mean=-1.0) if bias else None,
         softplus=True,
         lengths=None if lengths is None else torch.tensor(lengths, device=device),
+        shift=shift_of(numbers, rows * length, channels) if shift else None,
     )
 
 
@@ -81,13 +87,15 @@ def check_scan(
     state_cap: float = 2e-6,
 ) -> None:
     """y at tokens, finite numbers at pads, and the final state, which is float32 and as exact with any inputs."""
-    x, lengths = arguments["x"], arguments["lengths"]
+    x, lengths, shift = arguments["x"], arguments["lengths"], arguments["shift"]
     tensors = {key: value for key, value in arguments.items() if key not in ("softplus", "lengths")}
+    tensors["shift"] = None if shift is None else shift[1]
     assert can_scan(**tensors)
     double = {
         key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for key, value in arguments.items()
     }
+    double["shift"] = None if shift is None else (shift[0], shift[1].double())
     expected, expected_state = selective_scan_naive(**double)
     before = {key: value.clone() for key, value in tensors.items() if value is not None}
     y, state = scan_forward(**arguments, plan=plan)
@@ -132,6 +140,21 @@ def test_optional_arguments(missing):
     arguments = scan_arguments(CPU, torch.float32, (2, 18, 5, 4), **{missing: False}, lengths=(3, 18))
     steps = {key: value if value is None else value.abs() for key, value in arguments.items() if key in ("dt", "dt_bias")}
     check_scan({**arguments, **steps, "softplus": False})
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_steps_of_some_tokens_are_shifted(parts, dtype):
+    """Of two thirds of all, in every row and part; without a bias as well, and without the softplus."""
+    plan = ScanPlan(4, 8, 1, parts)
+    for options in ({}, {"bias": False}, {"lengths": (21, 6)}):
+        check_scan(scan_arguments(CPU, dtype, (2, 21, 7, 3), shift=True, **options), plan)
+    arguments = scan_arguments(CPU, dtype, (2, 21, 7, 3), shift=True)
+    where, added = arguments["shift"]
+    steps = {"dt": arguments["dt"].abs(), "dt_bias": arguments["dt_bias"].abs(), "shift": (where, added.abs())}
+    check_scan({**arguments, **steps, "softplus": False}, plan)
+    check_scan({**arguments, "shift": (where[:0], added)}, plan)
 
 
 PLANS = [ScanPlan(1, 1, 1), ScanPlan(2, 16, 1), ScanPlan(64, 4, 2), ScanPlan(8, 64, 4)]
@@ -254,7 +277,7 @@ def test_fast_decay_gives_no_nan():
 
 def test_what_the_kernel_does_not_take():
     arguments = scan_arguments(CPU, torch.float32, (1, 3, 4, 2))
-    del arguments["softplus"], arguments["lengths"]
+    del arguments["softplus"], arguments["lengths"], arguments["shift"]
     assert can_scan(**arguments) == INTERPRETED
     assert not can_scan(**{**arguments, "x": arguments["x"].double()})
     assert not can_scan(**{**arguments, "x": arguments["x"][:, :0]})
@@ -273,7 +296,7 @@ def test_shapes_that_do_not_fit_are_told(key):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 32, 64, 128, 256])
 def test_plans_fit(size):
     """Whole warps, all of which have something to do, and at most 64 elements a thread."""
-    plan = scan_plan(size)
+    plan = scan_plan(1, 6144, 5120, size)
     columns = 1 << (size - 1).bit_length()
     assert all(value & (value - 1) == 0 for value in (plan.tokens, plan.channels, plan.warps))
     assert 1 <= plan.warps <= 16
@@ -283,5 +306,7 @@ def test_plans_fit(size):
     assert plan.channels >= 8
 
 
-def test_the_plan_of_mamba_s_state_is_the_one_that_was_fastest():
-    assert scan_plan(16) == ScanPlan(16, 16, 2)
+def test_the_plans_of_mamba_s_state_are_those_that_were_fastest():
+    assert scan_plan(1, 6144, 5120, 16) == scan_plan(4, 6144, 5120, 16) == ScanPlan(16, 16, 2)
+    assert scan_plan(1, 6144, 1536, 16) == ScanPlan(16, 16, 2, 16)
+    assert scan_plan(1, 100, 1536, 16) == ScanPlan(16, 16, 2)

@@ -76,6 +76,7 @@ class MambaMixer(RecurrentMixer):
         adaptation: Any = None,
         lengths: torch.Tensor | None = None,
         cache_params: Cache | None = None,
+        onto: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One pass over [B, L, H], from the cached state and back into it.
 
@@ -83,6 +84,7 @@ class MambaMixer(RecurrentMixer):
             adaptation: what changes the step sizes of this pass, for families that do; None: nothing.
             lengths: [B], tokens of each row, pads follow; None: all L.
             cache_params: states to continue and to update.
+            onto: see `project`.
         """
         conv_state, ssm_state = self.cached_states(cache_params)
         x, z = self._inner_states(hidden_states, conv_state)
@@ -105,9 +107,10 @@ class MambaMixer(RecurrentMixer):
             dt_bias=dt_bias,
             softplus=True,
             lengths=lengths,
+            shift=self._shift(adaptation),
         )
         self.update_cache(cache_params, conv_state, ssm_state)
-        return self.out_proj(y)
+        return self.project(y, onto)
 
     def _inner_states(
         self, hidden_states: torch.Tensor, conv_state: torch.Tensor | None
@@ -165,6 +168,10 @@ class MambaMixer(RecurrentMixer):
                 return linear_by_length(step, weight)[0], bias
             return F.linear(step, weight), bias
         return self.dt_proj(step), None
+
+    def _shift(self, adaptation: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What is added to the step sizes of some tokens; see `selective_scan`."""
+        return None
 
     def decay_rates(self) -> torch.Tensor:
         """A [E, N], negative."""

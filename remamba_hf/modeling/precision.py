@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which dtype recurrences, norms and step sizes are computed in: float32, or float64 for a float64 model."""
+"""Which dtype recurrences, norms and step sizes are computed in: float32, or float64 for a float64 model. And how what the
+host knows gets to a device."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,3 +21,11 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
     """Autocast turned off for x's device, so that what is in float32 stays so."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def sent(values: Any, device: torch.device) -> torch.Tensor:
+    """Values of the host, a tensor or lists of numbers, on a device, without waiting for what that still has to do."""
+    tensor = torch.as_tensor(values)
+    if device.type == "cuda" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
