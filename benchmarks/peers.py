@@ -131,9 +131,16 @@ class Contender:
         """Of next tokens; labels [B, L], -100 where they do not count."""
         return self.model(ids, labels=labels, use_cache=False, **{**self.reading, **options}).loss
 
-    def state_bytes(self) -> int:
-        """What one row keeps while decoding, as it lies in memory: read and written with every token."""
-        return cache_bytes(self._cache())
+    def state_bytes(self, state_dtype: torch.dtype | None = None) -> int:
+        """What one row keeps while decoding, as it lies in memory: read and written with every token.
+
+        Args:
+            state_dtype: as for `generate`.
+        """
+        cache = self._cache()
+        for layer in () if state_dtype is None else cache.layers:
+            layer.recurrent_states[0] = layer.recurrent_states[0].to(state_dtype)
+        return cache_bytes(cache)
 
     def context_bytes(self) -> int:
         """What one row keeps for every token of its context: read with every token, and none of a recurrent model's."""
@@ -149,7 +156,7 @@ class Contender:
 class LlamaContender(Contender):
     """An attention model: keys and values instead of a state."""
 
-    def state_bytes(self) -> int:
+    def state_bytes(self, state_dtype: torch.dtype | None = None) -> int:
         return 0
 
     def context_bytes(self) -> int:
@@ -176,7 +183,7 @@ class MambaSsmContender(Contender):
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
     @torch.no_grad()
-    def state_bytes(self) -> int:
+    def state_bytes(self, state_dtype: torch.dtype | None = None) -> int:
         state = self._empty_state(1, STATE_PROMPT)
         ids = torch.zeros(1, STATE_PROMPT, dtype=torch.long, device=next(self.model.parameters()).device)
         self.model(ids, inference_params=state, num_last_tokens=1)

@@ -34,7 +34,12 @@ NAMES = {
     "llama": "transformers' Llama",
 }
 LLAMAS = {"2.8b": "3.4b"}  # what stands beside a shape is not of its size
-VARIANTS = {"plain": "", "two_stages": ", two stages", "lora": ", LoRA on every projection"}
+VARIANTS = {
+    "plain": "",
+    "two_stages": ", two stages",
+    "narrow_state": ", state in bfloat16",
+    "lora": ", LoRA on every projection",
+}
 FAILED = "failed"
 Entry = dict[str, Any]
 

@@ -56,7 +56,8 @@ SPAN, RATIO = 0.18, 0.009  # p and rho of the two stages, the paper's for LongBe
 LORA_RANK = 8
 # What `generate` and `forward` of this package's models are given besides, by variant.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "two_stages": {"compress_prompt": True, "compression_span": SPAN, "compression_ratio": RATIO}
+    "two_stages": {"compress_prompt": True, "compression_span": SPAN, "compression_ratio": RATIO},
+    "narrow_state": {"state_dtype": torch.bfloat16},
 }
 FEWEST_REPEATS = 5
 SHORT_SECONDS = 2.0  # what is over sooner warms up twice
@@ -77,6 +78,7 @@ class Sizes(NamedTuple):
 
     shapes: unless others are asked for; of peers.SHAPES.
     decode_rows: batches that are decoded, and those of `SLOW_TO_DECODE`.
+    narrow_states: whether the largest batch is decoded with its state in bfloat16 as well; needs a GPU.
     decode_prompts: lengths of the prompts behind which one row is decoded; batches have the first.
     prefill_shapes, prefill_lengths: one prompt each.
     long_lengths: of the prompts that only this package's compressing model reads.
@@ -93,6 +95,7 @@ class Sizes(NamedTuple):
     long_shapes: tuple[str, ...]
     long_lengths: tuple[int, ...]
     training: tuple[tuple[str, int, int], ...]
+    narrow_states: bool = True
     gate_layers: int = 4
     gate_tokens: int = 600
     gate_steps: int = 16
@@ -133,6 +136,7 @@ SIZES = {
         long_shapes=("tiny",),
         long_lengths=(64, 128),
         training=(("tiny", 2, 64),),
+        narrow_states=False,
         gate_layers=2,
         gate_tokens=96,
         gate_steps=4,
@@ -146,7 +150,7 @@ class Cell(NamedTuple):
     """One measurement.
 
     part: of PARTS.
-    variant: "plain", or of this package's models "two_stages" or "lora".
+    variant: "plain", or of this package's models "two_stages", "narrow_state" or "lora".
     rows: of the batch.
     tokens: of every row's prompt, or of its text in training.
     """
@@ -187,6 +191,8 @@ def _inference_cells(sizes: Sizes, shape: str, model: str) -> Iterator[Cell]:
     first, *others = sizes.decode_prompts
     for rows in sizes.decode_rows_if_slow if model in SLOW_TO_DECODE else sizes.decode_rows:
         yield Cell("decode", shape, model, "plain", rows, first)
+    if sizes.narrow_states and compresses:
+        yield Cell("decode", shape, model, "narrow_state", max(sizes.decode_rows), first)
     for prompt in others:
         yield Cell("decode", shape, model, "plain", 1, prompt)
 
@@ -219,10 +225,10 @@ def passes(span: float = SPAN, ratio: float = RATIO) -> float:
     return 1 + (1 - span + span * ratio)
 
 
-def decoding_limit(contender: Contender, rows: int, context: float, ceilings: Ceilings) -> float:
+def decoding_limit(contender: Contender, rows: int, state_bytes: int, context: float, ceilings: Ceilings) -> float:
     """Seconds of a step that only moves its bytes: weights once; of every row the state in and out, and what it keeps of a
     context of so many tokens, in."""
-    moved = 2 * contender.state_bytes() + contender.context_bytes() * context
+    moved = 2 * state_bytes + contender.context_bytes() * context
     return (bytes_read(contender.model) + rows * moved) / ceilings.copy
 
 
@@ -367,9 +373,10 @@ def spread(samples: list[float]) -> dict[str, Any]:
 def decode(cell: Cell, taken: Loaded, bench: Bench) -> dict[str, Any]:
     """The time of a token is that of `generate` for 2n tokens less that for n, by n: reading the prompt cancels out."""
     ids = bench.random_ids(cell.rows, cell.tokens, taken.vocab_size)
+    options = OPTIONS.get(cell.variant, {})
 
     def seconds(tokens: int) -> float:
-        return bench.seconds(lambda: taken.contender.generate(ids, tokens, **OPTIONS.get(cell.variant, {})))
+        return bench.seconds(lambda: taken.contender.generate(ids, tokens, **options))
 
     def sample(tokens: int) -> float:
         longer = seconds(2 * tokens)
@@ -384,13 +391,14 @@ def decode(cell: Cell, taken: Loaded, bench: Bench) -> dict[str, Any]:
         sample(tokens)
     samples, most = bench.repeated(lambda: sample(tokens), expected + 3 * (tokens - FEW_TOKENS) * token)
     # The tokens that count are decoded behind the prompt and n others, and are n.
-    limit = decoding_limit(taken.contender, cell.rows, cell.tokens + 1.5 * tokens, bench.ceilings)
+    state_bytes = taken.contender.state_bytes(**options)
+    limit = decoding_limit(taken.contender, cell.rows, state_bytes, cell.tokens + 1.5 * tokens, bench.ceilings)
     return {
         **spread(samples),
         "peak_bytes": taken.peak(most),
         "limit_s": limit,
         "decoded_tokens": tokens,
-        "state_bytes": taken.contender.state_bytes(),
+        "state_bytes": state_bytes,
         "weight_bytes_read": bytes_read(taken.contender.model),
     }
 
@@ -758,6 +766,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     mode.add_argument("--full", dest="mode", action="store_const", const="full", help="more lengths and batches")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the gate runs before any of them")
     parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), help="default: all but the tiny ones")
+    parser.add_argument("--long-lengths", nargs="+", type=int, metavar="TOKENS", help="of long prompts; default: the mode's")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu_quick.json or gpu_full.json")
     parser.add_argument("--repeats", type=int, default=FEWEST_REPEATS)
@@ -776,6 +785,10 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     if arguments.repeats < FEWEST_REPEATS:
         parser.error(f"--repeats must be at least {FEWEST_REPEATS}: a median of fewer says little.")
     arguments.sizes = SIZES["tiny" if all(tiny) else arguments.mode]
+    if arguments.long_lengths:
+        if min(arguments.long_lengths) < 1:
+            parser.error(f"--long-lengths {min(arguments.long_lengths)}: a prompt has at least one token.")
+        arguments.sizes = arguments.sizes._replace(long_lengths=tuple(sorted(set(arguments.long_lengths))))
     arguments.output = arguments.output or Path(f"benchmarks/results/gpu_{arguments.mode}.json")
     return arguments
 

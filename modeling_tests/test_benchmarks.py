@@ -308,7 +308,8 @@ def test_limits_of_the_tiny_shape_by_hand():
     state = 2 * 4 * (128 * 8 + 128 * 4)
     assert peers.bytes_read(ours.model) == weights
     assert ours.state_bytes() == state
-    assert run_gpu.decoding_limit(ours, 3, 100, CEILINGS) == pytest.approx((weights + 3 * 2 * state) / 1e6)
+    assert ours.state_bytes(torch.bfloat16) == state - 2 * 2 * 128 * 8
+    assert run_gpu.decoding_limit(ours, 3, state, 100, CEILINGS) == pytest.approx((weights + 3 * 2 * state) / 1e6)
     multiplied = 2 * (64 * 256 + 128 * 20 + 4 * 128 + 128 * 64)
     assert peers.multiplied_weights(ours.model) == multiplied
     assert run_gpu.prefill_limit(ours, 10, "plain", CEILINGS) == pytest.approx(2 * multiplied * 10 / 1e6)
@@ -329,7 +330,7 @@ def test_limits_of_an_attention_model_by_hand():
     weights = 4 * (multiplied + 2 * 2 * 64 + 64 + 256 * 64)
     assert peers.bytes_read(llama.model) == weights
     assert llama.context_bytes() == 2 * 2 * 64 * 4
-    assert run_gpu.decoding_limit(llama, 3, 100, CEILINGS) == pytest.approx((weights + 3 * 100 * 1024) / 1e6)
+    assert run_gpu.decoding_limit(llama, 3, llama.state_bytes(), 100, CEILINGS) == pytest.approx((weights + 3 * 100 * 1024) / 1e6)
     operations = 2 * multiplied * 10 + 2 * 4 * 64 * (10 * 10 / 2)  # scores and sums over half of all pairs
     assert run_gpu.prefill_limit(llama, 10, "plain", CEILINGS) == pytest.approx(operations / 1e6)
 
@@ -343,6 +344,15 @@ def test_bytes_of_the_large_shapes():
     assert sum(parameter.numel() for parameter in llama.parameters()) == 3_426_473_600
 
 
+def test_long_prompts_of_other_lengths():
+    arguments = run_gpu.parse_arguments(["--device", "cpu", "--shape", "tiny", "--long-lengths", "90", "70", "90"])
+    wanted = run_gpu.cells(arguments.sizes, ["tiny"], ["long_prompt"])
+    assert [(cell.model, cell.variant, cell.tokens) for cell in wanted] == [
+        ("remamba", "two_stages", 70),
+        ("remamba", "two_stages", 90),
+    ]
+
+
 def test_a_quick_run_covers_the_targets_and_a_full_one_more():
     quick = run_gpu.cells(run_gpu.SIZES["quick"], ("2.8b", "2.7b", "130m"), run_gpu.PARTS)
     full = run_gpu.cells(run_gpu.SIZES["full"], ("2.8b", "2.7b", "130m"), run_gpu.PARTS)
@@ -350,8 +360,9 @@ def test_a_quick_run_covers_the_targets_and_a_full_one_more():
     for shape, model in (("2.8b", "remamba"), ("2.7b", "remamba2")):
         for name in (model, "mamba_ssm", "transformers"):
             assert {("decode", 1), ("decode", 64)} <= {
-                (c.part, c.rows) for c in quick if (c.shape, c.model) == (shape, name)
+                (c.part, c.rows) for c in quick if (c.shape, c.model, c.variant) == (shape, name, "plain")
             }
+        assert ("decode", shape, model, "narrow_state", 64, 32) in quick
             assert {6144, 32_768} == {c.tokens for c in quick if c[:3] == ("prefill", shape, name)}
         assert {c.variant for c in quick if c[:3] == ("prefill", shape, model)} == {"plain", "two_stages"}
     assert {c.rows for c in quick if c[:3] == ("decode", "130m", "memmamba")} == {1, 16, 64}
