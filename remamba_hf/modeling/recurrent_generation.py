@@ -67,7 +67,7 @@ class RecurrentGenerationMixin(GenerationMixin):
                 call continues with `cache_params=cache` (or `past_key_values=cache`) and the tokens it has not seen:
                 the last generated one, which was never fed back, and the new ones; or with the whole text.
             prefill_chunk_length (`int`, *optional*): read the prompt in chunks of this many tokens. Same result, with
-                memory for activations bounded by the chunk. Default: chunks of 32,768.
+                memory for activations bounded by the chunk. Default: chunks of 16,384.
             prefill_progress (`Callable[[int, int], Any]`, *optional*): called after every chunk with the tokens read and
                 the tokens to read.
             cuda_graph (`bool`, *optional*): decode with captured steps (decode_graph.py), with the same result but for

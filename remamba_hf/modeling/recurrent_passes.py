@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from .precision import sent
 
-DEFAULT_CHUNK_LENGTH = 32_768  # longer inputs are read in chunks of this, unless gradients are needed
+DEFAULT_CHUNK_LENGTH = 16_384  # longer inputs are read in chunks of this, unless gradients are needed
 
 Progress = Callable[[int, int], Any]
 
