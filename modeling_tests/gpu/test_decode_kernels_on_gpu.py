@@ -14,23 +14,32 @@ from modeling_tests.modeling.test_decode_kernels import (
     Numbers,
     check_convolution,
     check_dual_step,
+    check_linear_in_parts,
     check_model_step,
     check_norm,
     check_norm_linear,
     check_rounding,
+    check_rounding_of_sums,
     check_selective_step,
+    check_step_from_parts,
     check_step_rounding,
 )
 from remamba_hf.modeling.decode_kernels import (
+    FEW_ROWS,
     ChannelPlan,
     LinearPlan,
+    PartsPlan,
+    StepPlan,
     convolution_and_projection,
     convolution_step,
     dependent_launches,
     dual_step,
     kernels_can_run,
+    linear_in_parts,
     norm_linear,
     selective_step,
+    selective_update,
+    step_from_parts,
 )
 
 pytestmark = pytest.mark.gpu
@@ -105,6 +114,7 @@ def test_the_norm_is_rounded_as_the_modules_round_it(rows):
     check_rounding(CUDA, torch.bfloat16, (rows, 512, 1024))
     for bias_dtype in (torch.float32, torch.bfloat16):
         check_step_rounding(CUDA, torch.bfloat16, rows, bias_dtype)
+    check_rounding_of_sums(CUDA, torch.bfloat16, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,6 +124,35 @@ def test_convolution(width, rows, dtype):
     for channels, projected in ((83, 0), (1536, 0), (83, 13), (200, 32), (1536, 80), (5120, 192)):
         sizes = (rows, channels, width)
         check_convolution(CUDA, dtype, sizes, width != 3, rows != 2, projected=projected, compare=noted(dtype))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [3, 5, 16, 17, 64, 67])
+@pytest.mark.parametrize(
+    ("channels", "size", "rank"), [(50, 4, 3), (99, 6, 17), (200, 64, 40), (1536, 16, 48), (4096, 16, 128), (5120, 16, 160)]
+)
+def test_small_products(channels, size, rank, rows, dtype):
+    check_linear_in_parts(CUDA, dtype, (rows, rank + 2 * size, channels), compare=noted(dtype))
+    for parts in (1, 10):
+        check_step_from_parts(CUDA, dtype, (rows, channels, rank, size), parts, compare=noted(dtype))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [PartsPlan(16, 16, 256), PartsPlan(16, 64, 128, 4, 3), PartsPlan(32, 32, 512, 2, 2, 8), PartsPlan(64, 64, 256, 2, 2, 8)],
+    ids=str,
+)
+def test_linear_in_parts_however_it_is_cut(plan):
+    for rows in (3, 35, 70):
+        check_linear_in_parts(CUDA, torch.bfloat16, (rows, 90, 1300), plan, noted(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "plan", [StepPlan(16, 32, 32, 4), StepPlan(16, 256, 64, 8), StepPlan(32, 64, 128, 8), StepPlan(64, 64, 64, 8)], ids=str
+)
+def test_step_from_parts_however_it_is_cut(plan):
+    for rows in (3, 35, 70):
+        check_step_from_parts(CUDA, torch.bfloat16, (rows, 300, 90, 20), 7, plan, noted(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -129,6 +168,7 @@ def test_convolution(width, rows, dtype):
         (1536, 16, 48, 48),
         (5120, 16, 160, 40),
         (5120, 16, 160, 0),
+        (5120, 16, 0, 0),
         (99, 6, 7, 0),
     ],
 )
@@ -178,6 +218,12 @@ def test_results_do_not_change_from_run_to_run():
         norm_weight = numbers.normal(2560)
         first = norm_linear(x, weight, norm_weight=norm_weight)
         assert all(torch.equal(norm_linear(x, weight, norm_weight=norm_weight), first) for _ in range(20))
+        projection, step_weight = numbers.normal(192, 2560, scale=0.02), numbers.normal(2560, 160, scale=0.1)
+        step, shared = step_from_parts(linear_in_parts(x, projection), step_weight)
+        for _ in range(20):
+            again = step_from_parts(linear_in_parts(x, projection), step_weight)
+            assert torch.equal(again[0], step)
+            assert torch.equal(again[1], shared)
 
 
 def test_the_second_device_while_the_first_is_current():
@@ -227,8 +273,13 @@ class Chain:
         for weights, (conv1, state1, conv2, state2) in self.layers:
             norm, in1, kernel1, projection, step, bias, A1, out, in2, kernel2, bias2, A2, norm2 = weights
             x, z = norm_linear(hidden, in1, norm_weight=norm).chunk(2, dim=1)
-            x, partials = convolution_and_projection(x, kernel1, None, conv1, projection, self.active)
-            y = selective_step(x, z, partials, step, bias, A1, None, state1, self.active)
+            if len(x) <= FEW_ROWS:
+                x, partials = convolution_and_projection(x, kernel1, None, conv1, projection, self.active)
+                y = selective_step(x, z, partials, step, bias, A1, None, state1, self.active)
+            else:
+                x = convolution_step(x, kernel1, None, conv1, self.active)
+                dt, shared = step_from_parts(linear_in_parts(x, projection), step)
+                y = selective_update(x, z, shared, dt, bias, A1, None, state1, self.active)
             hidden = norm_linear(y, out, residual=hidden)
             z, xBC, dt = norm_linear(hidden, in2, norm_weight=norm).split([inner, inner + 128, 16], dim=1)
             xBC = convolution_step(xBC, kernel2, None, conv2, self.active)

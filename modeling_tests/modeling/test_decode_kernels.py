@@ -22,6 +22,8 @@ from remamba_hf.modeling import decode_kernels
 from remamba_hf.modeling.decode_kernels import (
     ChannelPlan,
     LinearPlan,
+    PartsPlan,
+    StepPlan,
     convolution_and_projection,
     convolution_and_projection_naive,
     convolution_step,
@@ -30,15 +32,21 @@ from remamba_hf.modeling.decode_kernels import (
     dual_step,
     dual_step_naive,
     kernels_can_run,
+    linear_in_parts,
+    linear_in_parts_naive,
     linear_plan,
     norm_in_one_kernel,
     norm_linear,
     norm_linear_naive,
+    parts_plan,
     projection_plan,
     selective_step,
     selective_step_naive,
     selective_update,
     selective_update_naive,
+    step_from_parts,
+    step_from_parts_naive,
+    step_plan,
     update_plan,
 )
 from remamba_hf.modeling.optional_kernels import without_kernels
@@ -343,6 +351,104 @@ def test_convolution_of_narrow_inputs_with_a_wide_state():
         check_convolution(CPU, torch.bfloat16, (2, 20, 4), state_dtype=torch.float32, projected=projected)
 
 
+def check_linear_in_parts(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    plan: PartsPlan | None = None,
+    compare: Compare = assert_near,
+) -> None:
+    """Every part on its own, in `out` and in a new tensor."""
+    rows, outputs, inputs = sizes
+    numbers = Numbers(device, dtype)
+    x, weight = numbers.view(rows, inputs), numbers.normal(outputs, inputs, scale=inputs**-0.5)
+    used = plan or parts_plan(rows, outputs, inputs, weight.element_size())
+    expected = linear_in_parts_naive(x.double(), weight.double(), plan=used)
+    assert len(expected) == -(-inputs // (used.inputs * used.tiles))
+    framed = torch.full((len(expected) + 2, rows, outputs + 2), float("nan"), device=device)[1:-1, :, 1:-1]
+    for out in (framed, None):
+        with kernels_run(device):
+            partials = linear_in_parts(x, weight, out, plan)
+        assert partials.dtype == torch.float32
+        assert partials.shape == expected.shape
+        assert out is None or (partials.data_ptr() == out.data_ptr() and framed_is_untouched(out))
+        # Products of narrow numbers are exact in float32; tensor cores cut their sums off instead of rounding them.
+        cap = CAPS[dtype] if dtype == torch.float32 else 5e-5
+        compare(f"linear_in_parts {sizes} {dtype}, partial sums", partials, expected, cap)
+    assert_near("sum of the parts", expected.sum(0), x.double() @ weight.double().T, 1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), ROWS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(13, 83), (40, 300), (16, 1030)])
+def test_linear_in_parts(outputs, inputs, dtype, rows):
+    check_linear_in_parts(CPU, dtype, (rows, outputs, inputs))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [PartsPlan(16, 16, 32), PartsPlan(16, 32, 64, 2), PartsPlan(32, 64, 16, 3, 3), PartsPlan(64, 16, 512, 1, 2, 8)],
+    ids=str,
+)
+def test_linear_in_parts_however_it_is_cut(plan):
+    for dtype, rows in ((torch.float32, 3), (torch.float16, 35), (torch.float32, 70)):
+        check_linear_in_parts(CPU, dtype, (rows, 37, 150), plan)
+
+
+def check_step_from_parts(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    parts: int = 3,
+    plan: StepPlan | None = None,
+    compare: Compare = assert_near,
+) -> None:
+    """The step times its weight, and the rounded B and C, in `out` and in a new tensor."""
+    rows, channels, rank, size = sizes
+    numbers = Numbers(device, dtype)
+    partials = numbers.normal(parts, rows, rank + 2 * size, dtype=torch.float32, scale=parts**-0.5)
+    weight = numbers.normal(channels, rank, scale=rank**-0.5)
+    expected = step_from_parts_naive(partials.double(), weight.double())
+    width = channels + 2 * size
+    framed = torch.full((rows + 2, width + 2), float("nan"), device=device, dtype=dtype)[1:-1, 1:-1]
+    for out in (framed, None):
+        with kernels_run(device):
+            results = step_from_parts(partials, weight, out, plan)
+        for what, value, wanted in zip(("step", "B and C"), results, expected, strict=True):
+            assert value.dtype == dtype
+            assert value.shape == wanted.shape
+            compare(f"step_from_parts {sizes} {dtype}, {what}", value, wanted, CAPS[dtype])
+        assert out is None or (results[0].data_ptr() == out.data_ptr() and framed_is_untouched(out))
+
+
+@pytest.mark.parametrize(("dtype", "rows"), ROWS)
+@pytest.mark.parametrize(("channels", "rank", "size", "parts"), [(50, 3, 4, 1), (131, 40, 16, 5), (20, 17, 70, 11)])
+def test_step_from_parts(channels, rank, size, parts, dtype, rows):
+    check_step_from_parts(CPU, dtype, (rows, channels, rank, size), parts)
+
+
+@pytest.mark.parametrize("plan", [StepPlan(16, 16, 16, 4), StepPlan(32, 64, 32, 8), StepPlan(64, 32, 64, 4)], ids=str)
+def test_step_from_parts_however_it_is_cut(plan):
+    for dtype, rows in ((torch.float32, 3), (torch.float16, 35), (torch.float32, 70)):
+        check_step_from_parts(CPU, dtype, (rows, 90, 37, 6), plan=plan)
+
+
+def check_rounding_of_sums(device: torch.device, dtype: torch.dtype, rows: int, parts: int = 3) -> None:
+    """Not rounding the sums before they are multiplied moves every third result by its last bit."""
+    numbers = Numbers(device, dtype)
+    partials = numbers.normal(parts, rows, 96, dtype=torch.float32)
+    weight = numbers.normal(256, 64)
+    step, shared = step_from_parts(partials, weight)
+    projected = partials.double().sum(0).to(dtype)
+    expected = (projected[:, :64].double() @ weight.double().T).to(dtype)
+    assert (step != expected).float().mean() <= 0.1
+    assert (shared != projected[:, 64:]).float().mean() <= 0.02
+
+
+def test_the_sums_are_rounded_as_the_modules_round_them():
+    for rows in (1, 17):
+        check_rounding_of_sums(CPU, torch.float16, rows)
+
+
 def check_selective_step(
     device: torch.device,
     dtype: torch.dtype,
@@ -355,7 +461,7 @@ def check_selective_step(
     plan: ChannelPlan | None = None,
     compare: Compare = assert_near,
 ) -> None:
-    """`selective_step`, or with 0 parts `selective_update`."""
+    """`selective_step`, or with 0 parts `selective_update`, which with rank 0 gets B and C alone."""
     rows, channels, size, rank = sizes
     numbers = Numbers(device, dtype)
     functions = (selective_step, selective_step_naive) if parts else (selective_update, selective_update_naive)
@@ -382,7 +488,9 @@ def check_selective_step(
 
 
 @pytest.mark.parametrize(("dtype", "rows"), ROWS)
-@pytest.mark.parametrize(("size", "rank", "parts"), [(4, 3, 1), (16, 7, 5), (6, 1, 40), (64, 17, 2), (16, 3, 0), (5, 7, 0)])
+@pytest.mark.parametrize(
+    ("size", "rank", "parts"), [(4, 3, 1), (16, 7, 5), (6, 1, 40), (64, 17, 2), (16, 3, 0), (5, 7, 0), (16, 0, 0)]
+)
 def test_selective_step(size, rank, parts, dtype, rows):
     check_selective_step(CPU, dtype, (rows, 50, size, rank), parts, skip=rank != 7, active=rows != 2)
 
@@ -500,6 +608,14 @@ def test_shapes_that_do_not_fit_are_named():
         norm_linear(x, weight, residual=x)
     with pytest.raises(ValueError, match="6 channels cannot be normalised in 4 equal groups"):
         norm_linear(x, weight, norm_weight=torch.ones(6), groups=4)
+    with pytest.raises(ValueError, match=r"weight has the shape \(4, 6\), expected \(4, 5\)"):
+        linear_in_parts(x[:, :5], weight)
+    with pytest.raises(ValueError, match=r"out has the shape \(2, 2, 4\), expected \(1, 2, 4\)"):
+        linear_in_parts(x, weight, torch.ones(2, 2, 4))
+    with pytest.raises(ValueError, match="no B and C besides a step of rank 6"):
+        step_from_parts(torch.ones(3, 2, 6), weight)
+    with pytest.raises(ValueError, match=r"out has the shape \(2, 4\), expected \(2, 6\)"):
+        step_from_parts(torch.ones(3, 2, 8), weight, torch.ones(2, 4))
     with pytest.raises(ValueError, match="active has the shape"):
         convolution_step(x, torch.ones(6, 4), None, torch.ones(2, 6, 4), active=torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="groups of B and C"):
@@ -526,6 +642,20 @@ def test_plans_of_linear_layers_fit_the_card(rows, outputs, inputs, item_size):
         assert programs >= MULTIPROCESSORS or plan.outputs == 32
 
 
+@pytest.mark.parametrize("rows", [3, 16, 17, 64, 100])
+@pytest.mark.parametrize(("inputs", "rank"), [(5120, 160), (8192, 256), (1536, 48), (3072, 96), (16, 1)])
+@pytest.mark.parametrize("item_size", [2, 4])
+def test_plans_of_small_products_fit_the_card(rows, inputs, rank, item_size):
+    plan = parts_plan(rows, rank + 32, inputs, item_size)
+    tiles = min(plan.stages, plan.tiles)
+    assert all(size & (size - 1) == 0 and size >= 16 for size in plan[:3])
+    assert (tiles + 1) * (plan.outputs + plan.rows) * plan.inputs * item_size <= SHARED_MEMORY
+    assert plan.inputs * plan.tiles <= 512
+    step = step_plan(rows, inputs, rank, item_size)
+    assert all(size & (size - 1) == 0 and size >= 16 for size in step[:3])
+    assert (step.rows + step.channels) * step.ranks * item_size <= SHARED_MEMORY // 2
+
+
 def test_plans_of_the_large_models():
     """What the docstrings promise for the shapes of mamba-2.8b and mamba2-2.7b."""
     assert linear_plan(1, 10240, 2560)[1:4] == (8, 512, 3)
@@ -533,7 +663,15 @@ def test_plans_of_the_large_models():
     assert linear_plan(1, 10240, 2560).fused_norm
     assert not linear_plan(64, 10240, 2560).fused_norm
     assert -(-5120 // projection_plan(5120, 192).channels) == 40
-    assert update_plan(5120, 16).channels * 16 * 4 == 4096
+    assert update_plan(5120, 16) == (32, 4)
+    for rows, programs in ((4, 60), (16, 60), (64, 120)):
+        plan = parts_plan(rows, 192, 5120)
+        assert -(-5120 // plan.inputs) * -(-192 // plan.outputs) * -(-rows // plan.rows) == programs
+        assert plan.tiles == 1, "the whole weight is on its way before x is there"
+    for rows, programs in ((4, 80), (16, 80), (64, 160)):
+        step = step_plan(rows, 5120, 160)
+        assert -(-5120 // step.channels) * -(-rows // step.rows) == programs
+        assert step.ranks >= 160
     assert 80 * -(-64 // dual_plan(1, 80, 64, 128).channels) >= 2 * MULTIPROCESSORS
     assert dual_plan(64, 80, 64, 128).channels * 128 * 4 == 32 * 1024
 

@@ -565,9 +565,7 @@ def rounding_of_the_modules(model: Any, ids: torch.Tensor, tokens: torch.Tensor)
     caches = [each(ids.to(each.device), use_cache=True).cache_params for each in (model, exact)]
     steps = [EagerStep(each, cache) for each, cache in zip((model, exact), caches, strict=True)]
     columns = tokens.unbind(1)
-    logits, exact_logits = (
-        torch.stack([step(column.to(step.model.device)).cpu() for column in columns]) for step in steps
-    )
+    logits, exact_logits = (torch.stack([step(column.to(step.model.device)).cpu() for column in columns]) for step in steps)
     pairs = [(logits, exact_logits)]
     for mine, wanted in zip(*(cached_states(cache) for cache in caches), strict=True):
         pairs += zip(mine, wanted, strict=True)

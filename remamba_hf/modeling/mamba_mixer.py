@@ -16,9 +16,11 @@ from .decode_kernels import (
     FEW_ROWS,
     convolution_and_projection,
     convolution_step,
+    linear_in_parts,
     norm_linear,
     selective_step,
     selective_update,
+    step_from_parts,
 )
 from .precision import at_least_float32, state_dtype
 from .recurrent_model import RecurrentMixer, RMSNorm, depthwise_convolution, is_unhooked
@@ -143,7 +145,7 @@ class MambaMixer(RecurrentMixer):
         """A block's step in four kernels that read the weights themselves, norm and residual sum included: [B, H], as given.
 
         For blocks whose layers are what their weights say (`decode_graph.can_be_fused`). States are updated in place.
-        For more than a few rows the small products are a library's.
+        For more than a few rows the norm, the convolution and the small products are kernels of their own.
         """
         xz = norm_linear(hidden_states, self.in_proj.weight, self.in_proj.bias, norm.weight, norm.eps)
         x, z = xz.chunk(2, dim=-1)
@@ -154,9 +156,8 @@ class MambaMixer(RecurrentMixer):
             y = selective_step(x, z, partials, self.dt_proj.weight, step_bias, decay_rates, self.D, ssm_state)
         else:
             x = convolution_step(x, kernel, bias, conv_state)
-            projected = F.linear(x, self.x_proj.weight)
-            step = F.linear(projected[:, : self.split_sizes[0]], self.dt_proj.weight)
-            y = selective_update(x, z, projected, step, step_bias, decay_rates, self.D, ssm_state)
+            step, shared = step_from_parts(linear_in_parts(x, self.x_proj.weight), self.dt_proj.weight)
+            y = selective_update(x, z, shared, step, step_bias, decay_rates, self.D, ssm_state)
         weight, bias = self.out_proj.weight, self.out_proj.bias
         return norm_linear(y, weight, bias, residual=hidden_states, residual_in_fp32=residual_in_fp32)
 
