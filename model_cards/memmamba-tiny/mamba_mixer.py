@@ -16,9 +16,11 @@ from .decode_kernels import (
     FEW_ROWS,
     convolution_and_projection,
     convolution_step,
+    linear_in_parts,
     norm_linear,
     selective_step,
     selective_update,
+    step_from_parts,
 )
 from .precision import at_least_float32, state_dtype
 from .recurrent_model import RecurrentMixer, RMSNorm, depthwise_convolution, is_unhooked
@@ -76,6 +78,7 @@ class MambaMixer(RecurrentMixer):
         adaptation: Any = None,
         lengths: torch.Tensor | None = None,
         cache_params: Cache | None = None,
+        onto: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One pass over [B, L, H], from the cached state and back into it.
 
@@ -83,6 +86,7 @@ class MambaMixer(RecurrentMixer):
             adaptation: what changes the step sizes of this pass, for families that do; None: nothing.
             lengths: [B], tokens of each row, pads follow; None: all L.
             cache_params: states to continue and to update.
+            onto: see `project`.
         """
         conv_state, ssm_state = self.cached_states(cache_params)
         x, z = self._inner_states(hidden_states, conv_state)
@@ -105,9 +109,10 @@ class MambaMixer(RecurrentMixer):
             dt_bias=dt_bias,
             softplus=True,
             lengths=lengths,
+            shift=self._shift(adaptation),
         )
         self.update_cache(cache_params, conv_state, ssm_state)
-        return self.out_proj(y)
+        return self.project(y, onto)
 
     def _inner_states(
         self, hidden_states: torch.Tensor, conv_state: torch.Tensor | None
@@ -140,7 +145,7 @@ class MambaMixer(RecurrentMixer):
         """A block's step in four kernels that read the weights themselves, norm and residual sum included: [B, H], as given.
 
         For blocks whose layers are what their weights say (`decode_graph.can_be_fused`). States are updated in place.
-        For more than a few rows the small products are a library's.
+        For more than a few rows the norm, the convolution and the small products are kernels of their own.
         """
         xz = norm_linear(hidden_states, self.in_proj.weight, self.in_proj.bias, norm.weight, norm.eps)
         x, z = xz.chunk(2, dim=-1)
@@ -151,9 +156,8 @@ class MambaMixer(RecurrentMixer):
             y = selective_step(x, z, partials, self.dt_proj.weight, step_bias, decay_rates, self.D, ssm_state)
         else:
             x = convolution_step(x, kernel, bias, conv_state)
-            projected = F.linear(x, self.x_proj.weight)
-            step = F.linear(projected[:, : self.split_sizes[0]], self.dt_proj.weight)
-            y = selective_update(x, z, projected, step, step_bias, decay_rates, self.D, ssm_state)
+            step, shared = step_from_parts(linear_in_parts(x, self.x_proj.weight), self.dt_proj.weight)
+            y = selective_update(x, z, shared, step, step_bias, decay_rates, self.D, ssm_state)
         weight, bias = self.out_proj.weight, self.out_proj.bias
         return norm_linear(y, weight, bias, residual=hidden_states, residual_in_fp32=residual_in_fp32)
 
@@ -165,6 +169,10 @@ class MambaMixer(RecurrentMixer):
                 return linear_by_length(step, weight)[0], bias
             return F.linear(step, weight), bias
         return self.dt_proj(step), None
+
+    def _shift(self, adaptation: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What is added to the step sizes of some tokens; see `selective_scan`."""
+        return None
 
     def decay_rates(self) -> torch.Tensor:
         """A [E, N], negative."""

@@ -29,7 +29,14 @@ from .note_kernels import can_step, note_step, notes_by_layer, notes_of_layers, 
 from .note_memory import NoteMemory, Reading, StepState, commit_layers, state_of_layer, states_in_one, tokens_read
 from .note_pool import Clock, Pool
 from .precision import at_least_float32
-from .recurrent_model import RecurrentForCausalLM, RecurrentModel, RecurrentPreTrainedModel, RMSNorm, is_filled
+from .recurrent_model import (
+    RecurrentForCausalLM,
+    RecurrentModel,
+    RecurrentPreTrainedModel,
+    RMSNorm,
+    add_mixed,
+    is_filled,
+)
 from .recurrent_passes import Progress, chunk_length_for
 
 
@@ -125,8 +132,10 @@ class MemMambaBlock(GradientCheckpointingLayer):
         """The block's output from its input and what its memory adds, [B, T, H] all."""
         if self.memory_first:
             hidden_states = hidden_states + added
-        mixed = self.mixer(self.norm(hidden_states), None, lengths, cache_params)
-        hidden_states = (at_least_float32(hidden_states) if self.residual_in_fp32 else hidden_states) + mixed
+        inputs = None, lengths, cache_params
+        hidden_states = add_mixed(
+            hidden_states, self.norm, self.mixer, inputs, self.residual_in_fp32, overwrites=self.memory_first
+        )
         return hidden_states if self.memory_first else hidden_states + added
 
 

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as module_hooks
 from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .causal_convolution import causal_conv1d, causal_conv1d_step
 from .decode_kernels import norm_in_one_kernel
+from .optional_kernels import kernels_enabled
 from .precision import at_least_float32
 from .recurrent_generation import RecurrentGenerationMixin
 from .recurrent_passes import PackedRows, RecurrentBackbone, check_shapes, check_token_ids
@@ -148,6 +150,35 @@ class RecurrentMixer(OwnStart):
             cache_params.update_conv_state(conv_state, self.layer_idx, conv_kernel_size=self.config.conv_kernel)
             cache_params.update_recurrent_state(state, self.layer_idx)
 
+    def can_add_to(self, residual: torch.Tensor) -> bool:
+        """Whether `project` can add to [B, L, H]: in float32 from a narrow product of many tokens, on CUDA, where the
+        projection is what its weight says and nobody looks at the mixer's own result."""
+        module = self.out_proj
+        return (
+            residual.is_cuda
+            and torch.version.cuda is not None
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"))
+            and kernels_enabled()
+            and hasattr(torch.ops.aten.addmm, "dtype_out")
+            and residual.dtype == torch.float32
+            and residual.shape[1] > 1
+            and residual.is_contiguous()
+            and type(module) is nn.Linear
+            and module.bias is None
+            and module.weight.dtype in (torch.bfloat16, torch.float16)
+            and is_unhooked(module)
+            and is_unhooked(self)
+        )
+
+    def project(self, y: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
+        """out_proj of y [B, L, E]; added to `onto` [B, L, H], in place and before any rounding, if that is given."""
+        if onto is None:
+            result: torch.Tensor = self.out_proj(y)
+            return result
+        flat, weight = onto.flatten(0, 1), self.out_proj.weight
+        torch.ops.aten.addmm.dtype_out(flat, y.flatten(0, 1), weight.t(), torch.float32, out=flat)
+        return onto
+
     @staticmethod
     def decodes(hidden_states: torch.Tensor, lengths: torch.Tensor | None) -> bool:
         """Whether a pass that continues a cache is one decoding step: a single token of every row, without gradients."""
@@ -156,7 +187,31 @@ class RecurrentMixer(OwnStart):
 
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling the module runs its `forward` and nothing else."""
-    return not (hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks)
+    of_all = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
+    return not (of_all or hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks)
+
+
+def add_mixed(
+    hidden_states: torch.Tensor,
+    norm: nn.Module,
+    mixer: RecurrentMixer,
+    inputs: tuple[Any, ...],
+    in_fp32: bool,
+    overwrites: bool,
+) -> torch.Tensor:
+    """A block's residual sum, hidden_states + mixer(norm(hidden_states), *inputs), [B, L, H].
+
+    Args:
+        in_fp32: sum in float32 at least, whatever the dtypes.
+        overwrites: nobody else reads `hidden_states`, so that the sum may take their place. Without gradients the mixer's
+            last product then adds to them itself, a pass over the residual less than a sum behind it.
+    """
+    residual = at_least_float32(hidden_states) if in_fp32 else hidden_states
+    normed = norm(hidden_states)
+    if (overwrites or residual is not hidden_states) and mixer.can_add_to(residual):
+        result: torch.Tensor = mixer(normed, *inputs, onto=residual)
+        return result
+    return residual + mixer(normed, *inputs)
 
 
 def without_pads(dt: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:

@@ -12,7 +12,6 @@ from transformers import GenerationMixin
 
 from .configuration_remamba import ReMambaConfig
 from .mamba_mixer import MambaMixer
-from .precision import at_least_float32
 from .recurrent_model import RecurrentPreTrainedModel
 from .selective_compression import Adaptation
 from .two_stage_model import StepAdaptation, TwoStageBlock, TwoStageForCausalLM, TwoStageModel
@@ -29,13 +28,13 @@ class ReMambaMixer(MambaMixer):
         self.adaptation = StepAdaptation(config.intermediate_size)
 
     def _step_size(self, step: torch.Tensor, adaptation: Adaptation | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """dt = softplus(alpha * (W_dt step) + Theta + b_dt) at kept vectors, softplus(W_dt step + b_dt) elsewhere.
+        """dt = softplus(alpha * (W_dt step) + Theta + b_dt) at kept vectors, softplus(W_dt step + b_dt) elsewhere: here is
+        alpha."""
+        return super()._step_size(step if adaptation is None else adaptation.scale(step), None)
 
-        What softplus is taken of, step [B, L, R] -> [B, L, E], and what is still to be added to it.
-        """
-        if adaptation is None:
-            return super()._step_size(step, None)
-        return self.adaptation(at_least_float32(self.dt_proj(adaptation.scale(step))), adaptation.where), None
+    def _shift(self, adaptation: Adaptation | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Theta, and where it is added."""
+        return None if adaptation is None else self.adaptation(adaptation.where)
 
 
 class ReMambaBlock(TwoStageBlock):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which dtype recurrences, norms and step sizes are computed in: float32, or float64 for a float64 model."""
+"""What operators and models share: the dtype of recurrences, norms and step sizes, float32, or float64 for a float64 model;
+what is added to step sizes; how what the host knows gets to a device."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,3 +21,21 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
     """Autocast turned off for x's device, so that what is in float32 stays so."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def with_shift(dt: torch.Tensor, shift: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Step sizes dt [B, L, E], in float32 at least, with a shift (where [n], added [E]): of some tokens, different flat
+    positions among the B L, what is added to them; None: of none."""
+    if shift is None:
+        return dt
+    where, added = shift
+    dt = at_least_float32(dt)
+    return dt.flatten(0, 1).index_add(0, where, added.to(dt.dtype).expand(len(where), -1)).view_as(dt)
+
+
+def sent(values: Any, device: torch.device) -> torch.Tensor:
+    """Values of the host, a tensor or lists of numbers, on a device, without waiting for what that still has to do."""
+    tensor = torch.as_tensor(values)
+    if device.type == "cuda" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

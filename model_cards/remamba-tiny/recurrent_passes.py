@@ -14,7 +14,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-DEFAULT_CHUNK_LENGTH = 32_768  # longer inputs are read in chunks of this, unless gradients are needed
+from .precision import sent
+
+DEFAULT_CHUNK_LENGTH = 16_384  # longer inputs are read in chunks of this, unless gradients are needed
 
 Progress = Callable[[int, int], Any]
 
@@ -199,8 +201,7 @@ class RecurrentBackbone:
             hidden_states, adaptation = embed(begin, end)
             tokens = None
             if min(lengths) < end:
-                tokens = torch.tensor([min(max(length - begin, 0), end - begin) for length in lengths])
-                tokens = tokens.to(hidden_states.device)
+                tokens = sent([min(max(length - begin, 0), end - begin) for length in lengths], hidden_states.device)
             block_states: list[torch.Tensor] = []
             wanted = block_states if reader.blocks is not None else None
             states = self.run_layers(hidden_states, tokens, adaptation, cache_params, wanted)

@@ -3,9 +3,9 @@
 """Mamba's scan over many tokens in one kernel, from the raw step size to the gated output. Used without gradients.
 
 Every sequence is read once, from where it is: [B, L, .] with any strides but the last, so that the halves of a projection
-need no copy. The step size's bias and softplus, pads, the state that comes in, skip and gate are inside; only the result and
-the final state are written. A length that is cut into parts is read twice instead: first for the states that the parts start
-from, then by all parts at the same time.
+need no copy. The step size's bias, shift and softplus, pads, the state that comes in, skip and gate are inside; only the
+result and the final state are written. A length that is cut into parts is read twice instead: first for the states that the
+parts start from, then by all parts at the same time.
 
 `can_scan` says where the kernel runs; its reference is `selective_scan_naive` (selective_scan.py).
 
@@ -21,6 +21,7 @@ import torch
 from .decode_kernels import (
     _INTERPRETED,
     _KERNEL_DTYPES,
+    _PROCESSORS,
     _blocks,
     _check_shape,
     _launch,
@@ -51,20 +52,26 @@ class ScanPlan(NamedTuple):
     parts: int = 1
 
 
-def scan_plan(size: int) -> ScanPlan:
-    """The cut for channels with a state of `size`.
+def scan_plan(rows: int, length: int, channels: int, size: int) -> ScanPlan:
+    """The cut for [B, L, E] of a recurrence with a state of `size` a channel.
 
     Measured on an H100 with mamba-2.8b's row of 6144 tokens (E = 5120, N = 16, bfloat16). Its time is the latency of one or
     two warps a scheduler, so what counts is how much of a thread's work depends on nothing: with 4 of a channel's states a
     thread and 16 tokens at a time 464 us (16 channels, 2 warps), 471 (8, 1), 514 (16, 4: 2 states a thread), 519 (32, 4);
     with 2 states 621 (8, 2) and 545 (32, 8), with 8 tokens 605 (8, 1). States of more than 64 get 8 of a channel's a thread
     and 8 tokens, which is as many registers. Programs have 8 channels at least, 16 bytes, which a thread loads at a time.
-    More than one part is not measured yet.
+
+    More parts than one pay where most schedulers would have no warp: a row of 1536 channels takes 387 us in one part, 248
+    in 4, 189 in 8, 155 in 16; one of 5120 channels 473 in one, 499 in 4, 466 in 16.
     """
     columns = _power_of_two(size)
     own = 8 if columns > 64 else min(4, columns)
     block = max(8, 64 * own // columns)
-    return ScanPlan(8 if columns > 64 else 16, block, block * columns // (32 * own))
+    warps = block * columns // (32 * own)
+    tokens = 8 if columns > 64 else 16
+    few = rows * _blocks(channels, block) * warps <= 2 * _PROCESSORS
+    parts = min(16, max(length // (8 * tokens), 1)) if few else 1
+    return ScanPlan(tokens, block, warps, parts)
 
 
 def can_scan(
@@ -77,9 +84,10 @@ def can_scan(
     z: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
 ) -> bool:
     """Whether `scan_forward` takes these tensors: where Triton runs, in float32, bfloat16 or float16, N up to 256."""
-    present = [tensor for tensor in (x, dt, A, B, C, D, z, initial_state, dt_bias) if tensor is not None]
+    present = [tensor for tensor in (x, dt, A, B, C, D, z, initial_state, dt_bias, shift) if tensor is not None]
     return (
         kernels_can_run(x.device)
         and A.shape[1] <= _LARGEST_STATE
@@ -100,6 +108,7 @@ def scan_forward(
     dt_bias: torch.Tensor | None = None,
     softplus: bool = False,
     lengths: torch.Tensor | None = None,
+    shift: tuple[torch.Tensor, torch.Tensor] | None = None,
     plan: ScanPlan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`selective_scan` without gradients, for tensors that `can_scan` accepts; all in float32, y rounded once.
@@ -109,6 +118,7 @@ def scan_forward(
         A: [E, N] float32.
         initial_state: [B, E, N], float32 or narrower.
         lengths: [B] long, tokens of each row; y is 0 at the pads behind them.
+        shift: as for `selective_scan`; read from a byte a token.
         plan: how to cut the work; None: `scan_plan`'s.
 
     Returns:
@@ -125,8 +135,14 @@ def scan_forward(
     _check_shape("A", A, (channels, size))
     _check_shape("initial_state", initial_state, (rows, channels, size))
     _check_shape("lengths", lengths, (rows,))
+    shifted = added_there = None
+    if shift is not None:
+        where, added_there = shift
+        _check_shape("shift", added_there, (channels,))
+        added_there = added_there.contiguous()
+        shifted = torch.zeros(rows * length, dtype=torch.uint8, device=x.device).index_fill_(0, where, 1)
     if plan is None:
-        plan = scan_plan(size)
+        plan = scan_plan(rows, length, channels, size)
     x, dt, B, C = (_with_columns(sequence) for sequence in (x, dt, B, C))
     z = None if z is None else _with_columns(z)
     A = A.contiguous()
@@ -148,7 +164,7 @@ def scan_forward(
             _scan_kernel,
             (_blocks(channels, plan.channels), rows, parts_now),
             plan.warps,
-            *(x, dt, A, B, dt_bias, lengths, added, steps, *read_and_written, length, part_length),
+            *(x, dt, A, B, dt_bias, shifted, added_there, lengths, added, steps, *read_and_written, length, part_length),
             *(stride for sequence in sequences for stride in sequence.stride()[:2]),
             CHANNELS=channels,
             SIZE=size,
@@ -236,11 +252,13 @@ def _summed(parts, OWN: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @jit
-def _step_size(raw, bias, here, SOFTPLUS: tl.constexpr, PTX: tl.constexpr):
+def _step_size(raw, bias, shifted, shift, here, SOFTPLUS: tl.constexpr, PTX: tl.constexpr):
     """dt [tokens, channels] in float32, 0 where there is no token `here`."""
     step = raw.to(tl.float32)
     if bias is not None:
         step += bias
+    if shifted is not None:
+        step += tl.where((shifted != 0)[:, None], shift, 0.0)
     if SOFTPLUS:
         step = _softplus(step, PTX)
     return tl.where(here, step, 0.0)
@@ -292,12 +310,14 @@ def _skipped_and_gated(y, u, skip, gate, PTX: tl.constexpr):
 
 
 @jit
-def _scan_kernel(
+def _scan_kernel(  # noqa: C901 - its branches are constants, which a compiled kernel has none of
     x,
     dt,
     A,
     B,
     dt_bias,
+    shifted,
+    shift,
     lengths,
     added,
     steps,
@@ -351,6 +371,8 @@ def _scan_kernel(
 
     # From here on tokens are counted from the part's first.
     begin = part * part_length
+    if shifted is not None:
+        shifted += row * length + begin.to(tl.int64)
     length -= begin
     end = _without_pads(length, lengths, row, begin)
     stop = tl.minimum(end if out is None else length, part_length)
@@ -372,6 +394,8 @@ def _scan_kernel(
     bias = None
     if dt_bias is not None:
         bias = tl.load(dt_bias + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
+    if shifted is not None:
+        shift = tl.load(shift + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
     skip = None
     if D is not None:
         skip = tl.load(D + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)[None, :]
@@ -400,7 +424,10 @@ def _scan_kernel(
         z += row * z_row + begin * z_token
         z_place = place * z_token + channel[None, :]
         gate = tl.load(z + z_place, mask=here & known, other=0.0)
-    step = _step_size(raw, bias, here, SOFTPLUS, PTX)
+    shifted_here = None
+    if shifted is not None:
+        shifted_here = tl.load(shifted + token, mask=token < end, other=0)
+    step = _step_size(raw, bias, shifted_here, shift, here, SOFTPLUS, PTX)
     drive = step * u.to(tl.float32)
 
     for start in range(0, stop if INTERPRETED_LENGTH is None else INTERPRETED_LENGTH, TOKENS):
@@ -412,6 +439,9 @@ def _scan_kernel(
         u_next = tl.load(x + x_place, mask=here & known, other=0.0)
         raw = tl.load(dt + dt_place, mask=here & known, other=0.0)
         B_next = tl.load(B + B_place, mask=here & column_known, other=0.0)
+        if shifted is not None:
+            later = start + TOKENS + token
+            shifted_here = tl.load(shifted + later, mask=later < end, other=0)
         if out is not None:
             C += jump * C_token
             C_next = tl.load(C + C_place, mask=here & column_known, other=0.0)
@@ -438,7 +468,7 @@ def _scan_kernel(
         if gate is not None:
             gate = gate_next
         u = u_next
-        step = _step_size(raw, bias, here, SOFTPLUS, PTX)
+        step = _step_size(raw, bias, shifted_here, shift, here, SOFTPLUS, PTX)
         drive = step * u.to(tl.float32)
         B_tile = B_next.to(tl.float32)
 

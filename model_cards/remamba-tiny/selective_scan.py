@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .optional_kernels import kernels_enabled, usable_kernel
-from .precision import at_least_float32, state_dtype, without_autocast
+from .precision import at_least_float32, state_dtype, with_shift, without_autocast
 from .scan_kernels import can_scan, scan_forward
 
 
@@ -36,11 +36,12 @@ def selective_scan_naive(
     dt_bias: torch.Tensor | None = None,
     softplus: bool = False,
     lengths: torch.Tensor | None = None,
+    shift: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Reference of `selective_scan`: the formula as written, one token after the other."""
     dtype = state_dtype(x)
     out_dtype = x.dtype
-    dt = _step_size(dt, dt_bias, softplus, lengths)
+    dt = _step_size(with_shift(dt, shift), dt_bias, softplus, lengths)
     x, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
     state = x.new_zeros(x.shape[0], *A.shape) if initial_state is None else initial_state.to(dtype)
     outputs = []
@@ -65,6 +66,7 @@ def selective_scan(
     dt_bias: torch.Tensor | None = None,
     softplus: bool = False,
     lengths: torch.Tensor | None = None,
+    shift: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The scan, whichever way is fastest where the tensors are.
 
@@ -80,16 +82,19 @@ def selective_scan(
         dt_bias: [E], added to dt in float32 at least, or None.
         softplus: dt, with its bias, goes through softplus.
         lengths: [B] long, tokens of each row; behind them are pads, where dt becomes 0 and y is arbitrary. None: all L.
+        shift: (where [n], added [E]): of some tokens, different flat positions among the B L, what is added to dt like
+            the bias. None: none.
 
     Returns:
         y [B, L, E] in x's dtype and the final state [B, E, N] (None if not asked for), both with gradients.
     """
-    tensors = (x, dt, A, B, C, D, z, initial_state, dt_bias)
+    tensors = (x, dt, A, B, C, D, z, initial_state, dt_bias, None if shift is None else shift[1])
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if kernels_enabled() and not needs_gradient and not torch.compiler.is_compiling() and can_scan(*tensors):
-        result = _scan_triton(x, dt, A.float(), B, C, D, z, initial_state, dt_bias, softplus, lengths)
+        result = _scan_triton(x, dt, A.float(), B, C, D, z, initial_state, dt_bias, softplus, lengths, shift)
         if result is not None:
             return result[0], result[1] if return_final_state else None
+    dt = with_shift(dt, shift)
     kernel = usable_kernel("selective_scan", *tensors)
     if kernel is not None and x.dtype != torch.float64 and A.shape[-1] <= 256 and x.shape[1] > 0:
         if _takes_raw_steps(x, A, initial_state, return_final_state and needs_gradient):

@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .precision import sent
 from .recurrent_generation import RecurrentGenerationMixin, call_of_generate, prompt_of
 from .recurrent_passes import (
     PackedRows,
@@ -105,13 +106,15 @@ class TwoStageBackbone(RecurrentBackbone):
         report = _progress_over(progress, max(prompt_lengths), max(shortened))
         first = self._read_prompts(rows, windows, prompt_lengths, kept_tokens, chunk_length, output_hidden_states, report(0))
         selection = self._select(first, windows)
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not selection.scores.isfinite().all():
+        finite = selection.scores.isfinite().all()
+        prompt = CompressedPrompt(windows, selection, shortened)
+        second = self._read_compressed(rows, prompt, cache_params, kept_tokens, chunk_length, report(1))
+        # Asked for only now, because to be told the host has to wait for the device.
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not finite:
             raise ValueError(
                 "The scores of the prompt are not finite: the weights hold NaN or inf, or float16 overflowed. Check the "
                 "checkpoint, and load it in bfloat16 or float32."
             )
-        prompt = CompressedPrompt(windows, selection, shortened)
-        second = self._read_compressed(rows, prompt, cache_params, kept_tokens, chunk_length, report(1))
         blocks = first.block_states
         return TwoStageModelOutput(
             last_hidden_state=_align(rows, windows, first, second, kept_tokens),
@@ -132,7 +135,7 @@ class TwoStageBackbone(RecurrentBackbone):
         progress: Progress | None,
     ) -> StateReader:
         """Stage 1. Reads the window's states, each query token's, and those that the output takes from this pass."""
-        queries = torch.tensor(prompt_lengths, device=rows.device).unsqueeze(1) - 1
+        queries = sent(prompt_lengths, rows.device).unsqueeze(1) - 1
         if kept_tokens is None:
             reader = StateReader((0, max(prompt_lengths)), queries, with_blocks)
         else:
@@ -151,7 +154,7 @@ class TwoStageBackbone(RecurrentBackbone):
         if all(start == starts[0] for start in starts) and starts[0] + longest <= states.shape[1]:
             window_states = states[:, starts[0] : starts[0] + longest]
         else:
-            columns = torch.tensor(starts, device=states.device)[:, None] + torch.arange(longest, device=states.device)
+            columns = sent(starts, states.device)[:, None] + torch.arange(longest, device=states.device)
             window_states = gather_columns(states, columns.clamp(max=states.shape[1] - 1))
         return self.compressor(first.point_states[:, 0], window_states, windows)
 
@@ -271,7 +274,7 @@ def _tokens_before_labels(labels: torch.Tensor, attention_mask: torch.Tensor | N
 
 def _column(windows: list[Window], name: str, device: torch.device) -> torch.Tensor:
     """[B, 1] long: one field of every row's window."""
-    return torch.tensor([getattr(window, name) for window in windows], device=device).unsqueeze(1)
+    return sent([getattr(window, name) for window in windows], device).unsqueeze(1)
 
 
 def _align(

@@ -16,8 +16,16 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .precision import at_least_float32
-from .recurrent_model import OwnStart, RecurrentForCausalLM, RecurrentMixer, RecurrentModel, RMSNorm, is_filled
+from .recurrent_model import (
+    OwnStart,
+    RecurrentForCausalLM,
+    RecurrentMixer,
+    RecurrentModel,
+    RMSNorm,
+    add_mixed,
+    is_filled,
+    is_unhooked,
+)
 from .recurrent_passes import Progress, chunk_length_for
 from .selective_compression import Adaptation, SelectiveCompressor, settings_for_rows
 from .two_stage_generation import (
@@ -36,17 +44,17 @@ class StepAdaptation(OwnStart):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(size))
 
-    def forward(self, step: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """step [B, L, size] before softplus, with Theta added at the flat positions `index` [n]."""
-        theta = self.bias.to(step.dtype).expand(len(index), -1)
-        return step.flatten(0, 1).index_add(0, index, theta).view_as(step)
+    def forward(self, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The flat positions `where` [n], and Theta [size], which step sizes get there: see `precision.with_shift`."""
+        return where, self.bias
 
     def init_parameters(self) -> None:
         init.zeros_(self.bias)
 
 
 class TwoStageBlock(GradientCheckpointingLayer):
-    """Norm, mixer, residual. A family sets `mixer_class`, called with (hidden_states, adaptation, lengths, cache_params)."""
+    """Norm, mixer, residual. A family sets `mixer_class`, called with (hidden_states, adaptation, lengths, cache_params) and
+    perhaps `onto`."""
 
     mixer_class: type[RecurrentMixer]
 
@@ -67,12 +75,13 @@ class TwoStageBlock(GradientCheckpointingLayer):
         adapted: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         cache_params: Cache | None = None,
+        overwrites: bool = False,
     ) -> torch.Tensor:
         """alpha [n] and the flat positions `adapted` [n] make an `Adaptation`. They come apart because a checkpointed
-        block passes gradients only to tensors that are its own positional arguments."""
+        block passes gradients only to tensors that are its own positional arguments. `overwrites`: see `add_mixed`."""
         adaptation = None if alpha is None or adapted is None else Adaptation(adapted, alpha)
-        mixed = self.mixer(self.norm(hidden_states), adaptation, lengths, cache_params)
-        return (at_least_float32(hidden_states) if self.residual_in_fp32 else hidden_states) + mixed
+        inputs = adaptation, lengths, cache_params
+        return add_mixed(hidden_states, self.norm, self.mixer, inputs, self.residual_in_fp32, overwrites)
 
 
 class TwoStageModel(TwoStageBackbone, RecurrentModel):
@@ -93,8 +102,11 @@ class TwoStageModel(TwoStageBackbone, RecurrentModel):
     ) -> torch.Tensor:
         """All blocks and the final norm over [B, T, H]; see `TwoStageBackbone`."""
         alpha, adapted = (None, None) if adaptation is None else (adaptation.alpha, adaptation.where)
+        overwrites = False  # what came in
         for block in self.layers:
-            hidden_states = block(hidden_states, alpha, adapted=adapted, lengths=lengths, cache_params=cache_params)
+            others = dict(adapted=adapted, lengths=lengths, cache_params=cache_params, overwrites=overwrites)
+            hidden_states = block(hidden_states, alpha, **others)
+            overwrites = block_states is None and is_unhooked(block)
             if block_states is not None:
                 block_states.append(hidden_states)
         hidden_states = self.norm_f(hidden_states)

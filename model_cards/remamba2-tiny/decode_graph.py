@@ -9,6 +9,7 @@ Shapes: `B` rows, `V` vocabulary.
 """
 
 import copy
+import functools
 import warnings
 import weakref
 from collections import OrderedDict, deque
@@ -152,15 +153,15 @@ class GraphedStep:
                 warnings.warn(f"Decoding without fused kernels: they cannot run here ({error}).", stacklevel=2)
                 self.step = model.step_to_capture(states, fused=False)
                 self._warm_up(model)
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=_side_stream(device)):
                 self.logits = self.step.run(model, self.tokens)
             if self.upkeep is not None:
-                with torch.cuda.graph(self.upkeep):
+                with torch.cuda.graph(self.upkeep, stream=_side_stream(device)):
                     self.step.upkeep(model)
 
     def _warm_up(self, model: Any) -> None:
         """Kernels are compiled, and workspaces allocated, before the capture."""
-        side = torch.cuda.Stream()
+        side = _side_stream(model.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
@@ -184,6 +185,12 @@ class GraphedStep:
     def leave(self, model: Any, cache: Cache) -> None:
         """Leave the states in a cache."""
         self.step.end(model, cache)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that steps are captured on: cuBLAS keeps a workspace of 32 MB for every stream that it ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 class DecodeGraphs:

@@ -3,7 +3,10 @@
 """One decoding step, a token a row, in few kernels that read every weight once. Used without gradients, inside CUDA graphs.
 
     Mamba      norm_linear | convolution_and_projection | selective_step | norm_linear
+      or       norm_linear | convolution_step | linear_in_parts | step_from_parts | selective_update | norm_linear
     Mamba-2    norm_linear | convolution_step           | dual_step      | norm_linear
+
+The second row is for more than FEW_ROWS rows: the products are tensor cores' and every weight serves a block of rows.
 
 Each function runs its Triton kernel where Triton can (CUDA tensors in float32, bfloat16 or float16), and otherwise the torch
 reference beside it, `<name>_naive`, which says what is computed. Sums are taken in float32 and in a fixed order.
@@ -601,20 +604,27 @@ def _convolved(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """silu(conv(x) + bias) [rows, channels] in x's dtype; x moves into the state."""
+    """silu(conv(x) + bias) [rows, channels] in x's dtype; x moves into the state. Waits for the kernel before, but not with
+    weights and state."""
     dtype = x.dtype.element_ty
     here = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
     tap = tl.arange(0, TAPS)[None, None, :]
     place = state + (row.to(tl.int64)[:, None] * CHANNELS + channel[None, :])[:, :, None] * WIDTH + tap
     past = tl.load(place + 1, mask=here[:, :, None] & (tap < WIDTH - 1), other=0.0)
-    newest = tl.load(x + row.to(tl.int64)[:, None] * x_stride + channel[None, :], mask=here, other=0.0)
-    window = tl.where(tap == WIDTH - 1, newest.to(past.dtype)[:, :, None], past)
     known = (channel < CHANNELS)[None, :, None] & (tap < WIDTH)
     factor = tl.load(weight + channel[None, :, None] * WIDTH + tap, mask=known, other=0.0)
+    if bias is not None:
+        offset = tl.load(bias + channel, mask=channel < CHANNELS, other=0.0)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    newest = tl.load(x + row.to(tl.int64)[:, None] * x_stride + channel[None, :], mask=here, other=0.0)
+    window = tl.where(tap == WIDTH - 1, newest.to(past.dtype)[:, :, None], past)
     y = tl.sum(window.to(dtype).to(tl.float32) * factor.to(dtype).to(tl.float32), 2)
     if bias is not None:
-        y += tl.load(bias + channel, mask=channel < CHANNELS, other=0.0).to(dtype).to(tl.float32)[None, :]
+        y += offset.to(dtype).to(tl.float32)[None, :]
     written = here & _taking_part(active, row, rows)[:, None]
     tl.debug_barrier()  # no thread may write what another has yet to read
     tl.store(place, window, mask=written[:, :, None] & (tap < WIDTH))
@@ -640,10 +650,7 @@ def _convolution_kernel(
 ):
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1) + tl.arange(0, 1)
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
-    y = _convolved(x, weight, bias, state, active, row, rows, channel, x_stride, CHANNELS, WIDTH, TAPS)
+    y = _convolved(x, weight, bias, state, active, row, rows, channel, x_stride, CHANNELS, WIDTH, TAPS, DEPENDENT)
     place = out + row.to(tl.int64)[:, None] * out_stride + channel[None, :]
     tl.store(place, y.to(out.dtype.element_ty), mask=(channel < CHANNELS)[None, :])
 
@@ -675,10 +682,7 @@ def _convolution_and_projection_kernel(
     output = tl.arange(0, BLOCK_OUT)
     known = (output < OUTPUTS)[:, None] & (channel < CHANNELS)[None, :]
     tile = tl.load(projection + output[:, None] * CHANNELS + channel[None, :], mask=known, other=0.0)
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
-    y = _convolved(x, weight, bias, state, active, row, rows, channel, x_stride, CHANNELS, WIDTH, TAPS)
+    y = _convolved(x, weight, bias, state, active, row, rows, channel, x_stride, CHANNELS, WIDTH, TAPS, DEPENDENT)
     here = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
     place = out + row.to(tl.int64)[:, None] * out_stride + channel[None, :]
     tl.store(place, y.to(out.dtype.element_ty), mask=here)
@@ -688,6 +692,303 @@ def _convolution_and_projection_kernel(
     sums = tl.sum(tile.to(tl.float32) * y.to(tile.dtype).to(tl.float32), 1)[None, :]
     place = partials + (part * rows + row).to(tl.int64)[:, None] * OUTPUTS + output[None, :]
     tl.store(place, sums, mask=(row < rows)[:, None] & (output < OUTPUTS)[None, :])
+
+
+# The small products of several rows
+
+
+class PartsPlan(NamedTuple):
+    """How `linear_in_parts` is cut into programs.
+
+    Attributes:
+        rows: of x in a program, 16 at least, as tensor cores want.
+        outputs: output channels of a program.
+        inputs: input channels of a tile of the weight.
+        tiles: tiles of a part, one after the other in one program.
+        stages: tiles that are on their way at a time, the one in use included, from the second on.
+        warps: of 32 threads a program.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    tiles: int = 1
+    stages: int = 2
+    warps: int = 4
+
+
+def parts_plan(rows: int, outputs: int, inputs: int, item_size: int = 2) -> PartsPlan:
+    """The cut for x [rows, inputs] and a weight [outputs, inputs] of `item_size` bytes an element.
+
+    Predicted for an H100 and x_proj of mamba-2.8b, not measured: 512 inputs in a single tile, so that all of the weight is
+    on its way before x is there, and x comes at once; that makes 10 parts. More would be summed too often by the next
+    kernel, fewer leave multiprocessors idle and 16 inputs follow each other in every warp more than 32 times. 32 outputs and
+    16 rows are work for four warps: 60 programs for up to 16 rows; with 32 rows and eight warps, 120 for 64 rows.
+    """
+    block_rows = 16 if rows <= 16 else 32
+    part = 512
+    while part > 128 and _blocks(inputs, part) < 8:
+        part //= 2
+    if item_size > 2:  # products in float32 take registers instead of tensor cores
+        return PartsPlan(block_rows, 32, 32, part // 32, 3)
+    return PartsPlan(block_rows, 32, part, warps=block_rows // 4)
+
+
+def linear_in_parts(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None, plan: PartsPlan | None = None
+) -> torch.Tensor:
+    """weight @ x of few outputs and many inputs, left as partial sums over blocks of inputs, for `step_from_parts`.
+
+    Args:
+        x: [B, K], any row stride; rounded to the weight's dtype.
+        weight: [J, K], contiguous.
+        out: [parts, B, J] float32.
+        plan: how to cut the work; None: `parts_plan`'s. A part has `plan.inputs * plan.tiles` inputs, the last what is left.
+
+    Returns:
+        [parts, B, J] in float32 at least, whose sum over the parts is the product.
+    """
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
+    _check_shape("weight", weight, (outputs, inputs))
+    if plan is None:
+        plan = parts_plan(rows, outputs, inputs, weight.element_size())
+    parts = _blocks(inputs, plan.inputs * plan.tiles)
+    _check_shape("out", out, (parts, rows, outputs))
+    if not _kernel_takes(x, weight, out) or not weight.is_contiguous():
+        return linear_in_parts_naive(x, weight, out, plan)
+    if out is None:
+        out = x.new_empty(parts, rows, outputs, dtype=torch.float32)
+    _launch(
+        _linear_in_parts_kernel,
+        (parts, _blocks(outputs, plan.outputs), _blocks(rows, plan.rows)),
+        plan.warps,
+        *(x, weight, out, rows, x.stride(0), out.stride(0), out.stride(1)),
+        registers=128,
+        INPUTS=inputs,
+        OUTPUTS=outputs,
+        PART=plan.inputs * plan.tiles,
+        BLOCK_ROWS=plan.rows,
+        BLOCK_OUT=plan.outputs,
+        BLOCK_IN=plan.inputs,
+        STAGES=plan.stages,
+        ROWS_FIRST=plan.rows >= 64,
+        INTERPRETED=_INTERPRETED,
+    )
+    return out
+
+
+def linear_in_parts_naive(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None, plan: PartsPlan | None = None
+) -> torch.Tensor:
+    """Reference of `linear_in_parts`."""
+    if plan is None:
+        plan = parts_plan(x.shape[0], weight.shape[0], weight.shape[1], weight.element_size())
+    x, weight = at_least_float32(x.to(weight.dtype)), at_least_float32(weight)
+    pieces = (tensor.split(plan.inputs * plan.tiles, dim=-1) for tensor in (x, weight))
+    partials = torch.stack([F.linear(*piece) for piece in zip(*pieces, strict=True)])
+    return partials if out is None else out.copy_(partials)
+
+
+class StepPlan(NamedTuple):
+    """How `step_from_parts` is cut into programs.
+
+    Attributes:
+        rows: of a program, 16 at least, as tensor cores want.
+        channels: of a program.
+        ranks: columns of the step that are multiplied at a time; the first are on their way before the sums are there.
+        warps: of 32 threads a program.
+    """
+
+    rows: int
+    channels: int
+    ranks: int
+    warps: int
+
+
+def step_plan(rows: int, channels: int, rank: int, item_size: int = 2) -> StepPlan:
+    """The cut for a step's weight [channels, rank] of `item_size` bytes an element.
+
+    Predicted for an H100 and mamba-2.8b, not measured: every program sums all parts of its rows, so 16 rows, and as few
+    programs as keep the multiprocessors busy: 64 channels, 80 programs, for up to 16 rows, 128 channels, 160 programs, for
+    64. The whole rank at a time: all of the weight is there before the sums are. Eight warps hold the parts they add without
+    spilling.
+    """
+    if item_size > 2:  # products in float32 take registers instead of tensor cores
+        return StepPlan(16, 32, min(max(_power_of_two(rank), 16), 32), 4)
+    block = 128
+    while block > 64 and _blocks(channels, block) * _blocks(rows, 16) < _PROCESSORS:
+        block //= 2
+    return StepPlan(16, block, min(max(_power_of_two(rank), 16), 256), 8)
+
+
+def step_from_parts(
+    partials: torch.Tensor, step_weight: torch.Tensor, out: torch.Tensor | None = None, plan: StepPlan | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_proj's partial sums summed, and dt_proj, without its bias, of the step among them; for `selective_update`.
+
+    The sums are rounded to the weight's dtype, as is W_dt step.
+
+    Args:
+        partials: [parts, B, R + 2 N] float32, contiguous: step, B and C of `linear_in_parts`.
+        step_weight: [E, R], contiguous.
+        out: [B, E + 2 N], for both results side by side.
+        plan: how to cut the work; None: `step_plan`'s.
+
+    Returns:
+        W_dt step [B, E], and B and C [B, 2 N]; views of `out`, in the weight's dtype.
+
+    Raises:
+        ValueError: partials have no columns besides the step's, or shapes differ.
+    """
+    parts, rows, width = partials.shape
+    channels, rank = step_weight.shape
+    shared = width - rank
+    if shared < 1:
+        raise ValueError(f"partials {tuple(partials.shape)} have no B and C besides a step of rank {rank}.")
+    _check_shape("out", out, (rows, channels + shared))
+    contiguous = partials.is_contiguous() and step_weight.is_contiguous()
+    if not _kernel_takes(partials, step_weight, out) or not contiguous:
+        return step_from_parts_naive(partials, step_weight, out)
+    if plan is None:
+        plan = step_plan(rows, channels, rank, step_weight.element_size())
+    if out is None:
+        out = step_weight.new_empty(rows, channels + shared)
+    _launch(
+        _step_from_parts_kernel,
+        (_blocks(channels, plan.channels) + 1, _blocks(rows, plan.rows)),
+        plan.warps,
+        *(partials, step_weight, out, rows, out.stride(0)),
+        CHANNELS=channels,
+        RANK=rank,
+        SHARED=shared,
+        PARTS=parts,
+        BLOCK_ROWS=plan.rows,
+        BLOCK=plan.channels,
+        BLOCK_RANK=plan.ranks,
+        BLOCK_SHARED=min(max(_power_of_two(shared), 16), 128),
+        ROWS_FIRST=plan.rows >= 64,
+        INTERPRETED=_INTERPRETED,
+    )
+    return out[:, :channels], out[:, channels:]
+
+
+def step_from_parts_naive(
+    partials: torch.Tensor, step_weight: torch.Tensor, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reference of `step_from_parts`."""
+    channels, rank = step_weight.shape
+    projected = partials.sum(0).to(step_weight.dtype)
+    both = torch.cat([F.linear(projected[:, :rank], step_weight), projected[:, rank:]], dim=1)
+    both = both if out is None else out.copy_(both)
+    return both[:, :channels], both[:, channels:]
+
+
+@jit
+def _linear_in_parts_kernel(
+    x,
+    weight,
+    partials,
+    rows,
+    x_stride,
+    part_stride,
+    row_stride,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    STAGES: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    part = tl.program_id(0)
+    output = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = part * PART + tl.arange(0, BLOCK_IN)
+    if ROWS_FIRST:
+        total = tl.zeros([BLOCK_ROWS, BLOCK_OUT], tl.float32)
+    else:
+        total = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
+    tile = _weight_tile(weight, output, column, INPUTS, INPUTS, OUTPUTS)  # on its way while the kernel before runs out
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    factor = _normed(x, None, None, row, rows, column, INPUTS, None, x_stride, 0)
+    total = _product(tile, factor, total, True, ROWS_FIRST, INTERPRETED)
+    for start in tl.range(BLOCK_IN, PART, BLOCK_IN, num_stages=STAGES):
+        tile = _weight_tile(weight, output, column + start, INPUTS, INPUTS, OUTPUTS)
+        factor = _normed(x, None, None, row, rows, column + start, INPUTS, None, x_stride, 0)
+        total = _product(tile, factor, total, True, ROWS_FIRST, INTERPRETED)
+    y = total if ROWS_FIRST else tl.trans(total)
+    place = partials + part.to(tl.int64) * part_stride + row.to(tl.int64)[:, None] * row_stride + output[None, :]
+    tl.store(place, y, mask=(row < rows)[:, None] & (output < OUTPUTS)[None, :])
+
+
+@jit
+def _summed_parts(partials, row, rows, column, end, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """The sum over the parts [rows, columns]; 0 from the column `end` on."""
+    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    here = (row < rows)[:, None] & (column < end)[None, :]
+    place = partials + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    for part in tl.static_range(PARTS):
+        total += tl.load(place + (part * WIDTH) * rows.to(tl.int64), mask=here, other=0.0)
+    return total
+
+
+@jit
+def _step_from_parts_kernel(
+    partials,
+    weight,
+    out,
+    rows,
+    out_stride,
+    CHANNELS: tl.constexpr,
+    RANK: tl.constexpr,
+    SHARED: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_SHARED: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """The last program of a block of rows rounds B and C, the others multiply."""
+    WIDTH: tl.constexpr = RANK + SHARED
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    rank = tl.arange(0, BLOCK_RANK)
+    known = (row < rows)[:, None]
+    line = out + row.to(tl.int64)[:, None] * out_stride
+    dtype = weight.dtype.element_ty
+    tile = _weight_tile(weight, channel, rank, RANK, RANK, CHANNELS)  # on its way while the kernel before runs out
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    if tl.program_id(0) * BLOCK >= CHANNELS:
+        for start in tl.static_range(0, SHARED, BLOCK_SHARED):
+            column = start + tl.arange(0, BLOCK_SHARED)
+            value = _summed_parts(partials, row, rows, RANK + column, WIDTH, WIDTH, PARTS).to(dtype)
+            tl.store(
+                line + CHANNELS + column[None, :], value.to(out.dtype.element_ty), mask=known & (column < SHARED)[None, :]
+            )
+    else:
+        if ROWS_FIRST:
+            total = tl.zeros([BLOCK_ROWS, BLOCK], tl.float32)
+        else:
+            total = tl.zeros([BLOCK, BLOCK_ROWS], tl.float32)
+        for start in tl.static_range(0, RANK, BLOCK_RANK):
+            if start > 0:
+                tile = _weight_tile(weight, channel, start + rank, RANK, RANK, CHANNELS)
+            factor = _summed_parts(partials, row, rows, start + rank, RANK, WIDTH, PARTS)
+            total = _product(tile, factor, total, True, ROWS_FIRST, INTERPRETED)
+        y = total if ROWS_FIRST else tl.trans(total)
+        y = y.to(dtype).to(out.dtype.element_ty)
+        tl.store(line + channel[None, :], y, mask=known & (channel < CHANNELS)[None, :])
 
 
 # Mamba's recurrence
@@ -750,10 +1051,10 @@ def selective_update(
     out: torch.Tensor | None = None,
     plan: ChannelPlan | None = None,
 ) -> torch.Tensor:
-    """`selective_step` behind the products: what is left of it for many rows, whose products a library makes.
+    """`selective_step` behind the products: what is left of it for many rows, where `step_from_parts` makes them.
 
     Args:
-        projected: [B, R + 2 N], any row stride: step, B and C, as x_proj gives them.
+        projected: [B, 2 N], any row stride: B and C; or wider, as x_proj gives them: [B, R + 2 N], the step not read.
         step: [B, E], any row stride: W_dt step, without its bias.
         x, z, step_bias, A, D, state: as for `selective_step`.
         plan: how to cut the work; None: `update_plan`'s.
@@ -774,8 +1075,9 @@ def selective_update(
 
 
 def update_plan(channels: int, size: int) -> ChannelPlan:
-    """The cut of `selective_update`: of a float32 state 4 KB a program, 32 bytes on their way for a thread."""
-    return ChannelPlan(min(max(1024 // _power_of_two(size), 16), _power_of_two(channels)), 4)
+    """The cut of `selective_update`: of a float32 state 2 KB a program, 16 bytes on their way for a thread; best on an H100
+    for 64 rows of mamba-2.8b, and as good as any for 16."""
+    return ChannelPlan(min(max(512 // _power_of_two(size), 16), _power_of_two(channels)), 4)
 
 
 def _check_selective(
@@ -1172,9 +1474,14 @@ def _kernel_takes(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], warps: int, *arguments: Any, **constants: Any) -> None:
+def _launch(
+    kernel: Any, grid: tuple[int, ...], warps: int, *arguments: Any, registers: int | None = None, **constants: Any
+) -> None:
+    """`registers`: of a thread at most. Left to itself, the assembler may take so few that loads wait for each other."""
     device = arguments[0].device
-    options = {"launch_pdl": True} if _dependent else {}
+    options: dict[str, Any] = {"launch_pdl": True} if _dependent else {}
+    if registers is not None and torch.version.cuda is not None:
+        options["maxnreg"] = registers
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*arguments, **constants, DEPENDENT=_dependent, num_warps=warps, **options)
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from .configuration_remamba2 import ReMamba2Config
 from .decode_kernels import convolution_step, dual_step, norm_in_one_kernel, norm_linear
-from .precision import at_least_float32
+from .precision import at_least_float32, with_shift
 from .recurrent_model import (
     OwnStart,
     RecurrentMixer,
@@ -89,6 +89,7 @@ class ReMamba2Mixer(RecurrentMixer):
         adaptation: Adaptation | None = None,
         lengths: torch.Tensor | None = None,
         cache_params: Cache | None = None,
+        onto: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One pass over [B, L, H], from the cached state and back into it.
 
@@ -96,6 +97,7 @@ class ReMamba2Mixer(RecurrentMixer):
             adaptation: where kept vectors stand, and their alpha; None: nowhere.
             lengths: [B], tokens of each row, pads follow; None: all L.
             cache_params: states to continue and to update.
+            onto: see `project`.
         """
         conv_state, ssm_state = self.cached_states(cache_params)
         z, xBC, step = self.in_proj(hidden_states).split(self.projected_sizes, dim=-1)
@@ -117,7 +119,7 @@ class ReMamba2Mixer(RecurrentMixer):
             chunk_size=self.config.chunk_size,
         )
         self.update_cache(cache_params, conv_state, ssm_state)
-        return self.out_proj(self.norm(y.flatten(2), z))
+        return self.project(self.norm(y.flatten(2), z), onto)
 
     def _step(
         self, xBC: torch.Tensor, step: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
@@ -167,7 +169,7 @@ class ReMamba2Mixer(RecurrentMixer):
         """
         step = at_least_float32(step)
         if adaptation is not None:
-            step = self.adaptation(adaptation.scale(step), adaptation.where)
+            step = with_shift(adaptation.scale(step), self.adaptation(adaptation.where))
         low, high = self.config.time_step_limit
         return F.softplus(step + self.dt_bias).clamp(low, high)
 

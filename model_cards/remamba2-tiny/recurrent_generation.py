@@ -30,7 +30,7 @@ class GenerateCall(NamedTuple):
     columns_read: how many columns of the prompt the cache has read already.
     """
 
-    cuda_graph: bool | None = False
+    cuda_graph: bool | None = None
     state_dtype: torch.dtype | None = None
     keeps_cache: bool = False
     prompt_columns: int | None = None
@@ -56,7 +56,7 @@ class RecurrentGenerationMixin(GenerationMixin):
         *args: Any,
         prefill_chunk_length: int | None = None,
         prefill_progress: Progress | None = None,
-        cuda_graph: bool | None = False,
+        cuda_graph: bool | None = None,
         state_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -67,16 +67,15 @@ class RecurrentGenerationMixin(GenerationMixin):
                 call continues with `cache_params=cache` (or `past_key_values=cache`) and the tokens it has not seen:
                 the last generated one, which was never fed back, and the new ones; or with the whole text.
             prefill_chunk_length (`int`, *optional*): read the prompt in chunks of this many tokens. Same result, with
-                memory for activations bounded by the chunk. Default: chunks of 32,768.
+                memory for activations bounded by the chunk. Default: chunks of 16,384.
             prefill_progress (`Callable[[int, int], Any]`, *optional*): called after every chunk with the tokens read and
                 the tokens to read.
-            cuda_graph (`bool`, *optional*, defaults to `False`): decode with captured steps (decode_graph.py), with the same
-                result but for rounding. True raises where it is not possible; None does it where it is possible and worth
-                the capture.
+            cuda_graph (`bool`, *optional*): decode with captured steps (decode_graph.py), with the same result but for
+                rounding. Default: on CUDA, where it is possible and worth the capture. True raises where it is not
+                possible; False leaves decoding to transformers' own loop.
             state_dtype (`torch.dtype`, *optional*): of the recurrent state while captured steps decode, such as
                 `torch.bfloat16`: less memory traffic for large batches, and a state that is rounded after every token.
-                Default: as the prompt leaves it, in float32. Needs `cuda_graph=True` or None, and raises where steps cannot
-                be captured.
+                Default: as the prompt leaves it, in float32. Raises where steps cannot be captured.
 
         Returns:
             What `GenerationMixin.generate` returns.

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .precision import sent
+
 SELECTIONS = ("score", "random", "stride", "multiplicative")
 _SCORED_AT_ONCE = 16_384  # window positions whose keys are computed together when no gradient is needed
 _RANDOM_SELECTION_SEED = 0
@@ -239,7 +241,7 @@ class SelectiveCompressor(nn.Module):
         kept = max(window.kept for window in windows)
         local = self._select(scores, windows, kept)
         lengths = torch.tensor([window.kept for window in windows])
-        present = (torch.arange(kept) < lengths[:, None]).to(scores.device)
+        present = sent(torch.arange(kept) < lengths[:, None], scores.device)
         chosen = scores.gather(1, local)
         alpha, adapts = F.relu(chosen), True
         if self.config.scale_score_gradient:
@@ -250,7 +252,7 @@ class SelectiveCompressor(nn.Module):
             weights = chosen.masked_fill(~present, -torch.inf).softmax(-1).masked_fill(~present, 0.0)
             values = values * weights.unsqueeze(-1).to(values.dtype)
             alpha, adapts = torch.ones_like(alpha), False
-        starts = torch.tensor([window.start for window in windows], device=scores.device)
+        starts = sent([window.start for window in windows], scores.device)
         return Selection(
             values=values,
             alpha=alpha.masked_fill(~present, 0.0),
@@ -263,12 +265,12 @@ class SelectiveCompressor(nn.Module):
     def _select(self, scores: torch.Tensor, windows: list[Window], kept: int) -> torch.Tensor:
         """Positions in the window [B, K], the present ones ascending. Equal scores: the earlier position wins."""
         if self.config.selection in ("random", "stride"):
-            return torch.stack([_unscored(self.config.selection, window, kept) for window in windows]).to(scores.device)
-        lengths = torch.tensor([window.length for window in windows]).to(scores.device)
+            return sent(torch.stack([_unscored(self.config.selection, window, kept) for window in windows]), scores.device)
+        lengths = sent([window.length for window in windows], scores.device)
         size = scores.shape[1]
         outside = torch.arange(size, device=scores.device) >= lengths[:, None]
         ranked = scores.masked_fill(outside, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :kept]
-        counts = torch.tensor([window.kept for window in windows]).to(scores.device)
+        counts = sent([window.kept for window in windows], scores.device)
         absent = torch.arange(kept, device=scores.device) >= counts[:, None]
         return ranked.masked_fill(absent, size).sort(dim=1).values.clamp(max=size - 1)
 
@@ -318,7 +320,7 @@ class CompressedPrompt:
         rows = [columns + window.dropped * (columns >= window.start + window.kept) for window in self.windows]
         lengths = torch.tensor(self.lengths)[:, None]
         dropped = torch.tensor([window.dropped for window in self.windows])[:, None]
-        return torch.stack(rows).minimum(lengths + dropped - 1).clamp(min=0).to(device)
+        return sent(torch.stack(rows).minimum(lengths + dropped - 1).clamp(min=0), device)
 
     def inserted(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The kept vectors in columns [begin, end): flat indices into [B * (end - begin)] and into [B * K]."""
@@ -331,7 +333,7 @@ class CompressedPrompt:
                 slots.append(torch.arange(first - window.start, last - window.start) + row * kept)
         device = self.selection.values.device
         empty = torch.zeros(0, dtype=torch.long)
-        return torch.cat([empty, *columns]).to(device), torch.cat([empty, *slots]).to(device)
+        return sent(torch.cat([empty, *columns]), device), sent(torch.cat([empty, *slots]), device)
 
     def splice(self, embeddings: torch.Tensor, begin: int) -> tuple[torch.Tensor, Adaptation | None]:
         """Put the kept vectors into embeddings [B, T, H] of the columns from `begin` on; None: no step is adapted."""

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from .configuration_remamba2 import ReMamba2Config
 from .decode_kernels import convolution_step, dual_step, norm_in_one_kernel, norm_linear
-from .precision import at_least_float32
+from .precision import at_least_float32, with_shift
 from .recurrent_model import (
     OwnStart,
     RecurrentMixer,
@@ -27,7 +27,6 @@ from .recurrent_model import (
     without_pads,
 )
 from .selective_compression import Adaptation
-from .selective_scan import with_shift
 from .state_space_dual import state_space_dual, state_space_dual_step
 from .two_stage_model import StepAdaptation, TwoStageBlock, TwoStageForCausalLM, TwoStageModel
 

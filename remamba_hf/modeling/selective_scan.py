@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .optional_kernels import kernels_enabled, usable_kernel
-from .precision import at_least_float32, state_dtype, without_autocast
+from .precision import at_least_float32, state_dtype, with_shift, without_autocast
 from .scan_kernels import can_scan, scan_forward
 
 
@@ -110,15 +110,6 @@ def selective_scan(
             x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype), initial_state.to(dtype)
         )
     return _skip_and_gate(y, x.to(dtype), D, z).to(x.dtype), final_state
-
-
-def with_shift(dt: torch.Tensor, shift: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """dt [B, L, E] with `shift` added, in float32 at least; see `selective_scan`."""
-    if shift is None:
-        return dt
-    where, added = shift
-    dt = at_least_float32(dt)
-    return dt.flatten(0, 1).index_add(0, where, added.to(dt.dtype).expand(len(where), -1)).view_as(dt)
 
 
 def wants_length_fastest(x: torch.Tensor, weight: torch.Tensor) -> bool:

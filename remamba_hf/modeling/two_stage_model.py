@@ -45,7 +45,7 @@ class StepAdaptation(OwnStart):
         self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The flat positions `where` [n], and Theta [size], which step sizes get there: see `selective_scan.with_shift`."""
+        """The flat positions `where` [n], and Theta [size], which step sizes get there: see `precision.with_shift`."""
         return where, self.bias
 
     def init_parameters(self) -> None:
