@@ -118,6 +118,7 @@ def test_adapters_act_and_can_be_switched_off(family):
 
 
 def test_memory_is_bounded_and_given_back():
+    """Ten more captures take less than what a single graph keeps: the allocator's segments vary, graphs do not stay."""
     model = small_model("remamba")
     torch.cuda.synchronize()
 
@@ -128,13 +129,17 @@ def test_memory_is_bounded_and_given_back():
         return torch.cuda.memory_reserved()
 
     run(1)
-    kept = [run(rows) for rows in (8, 16, 24, 32, 40, 8, 16, 24, 32, 40)]
-    assert len(graphs_of(model).graphs) == decode_graph.MOST_GRAPHS
-    assert kept[9] <= kept[4]
     release_graphs(model)
     gc.collect()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() < kept[9]
+    without = torch.cuda.memory_reserved()
+    kept = [run(rows) for rows in (8, 16, 24, 32, 40) * 3]
+    assert len(graphs_of(model).graphs) == decode_graph.MOST_GRAPHS
+    assert kept[14] - kept[4] < (kept[4] - without) / decode_graph.MOST_GRAPHS
+    release_graphs(model)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < kept[14]
 
 
 def test_moving_the_model_forgets_its_graphs():

@@ -105,10 +105,10 @@ def test_nothing_that_others_hold_is_overwritten(family, sums):
 def test_two_passes_wait_for_the_device_once():
     """To learn whether the scores are finite, when everything has been launched."""
     model = model_of("remamba")
-    backbone = model.backbone
+    backbone, ids = model.backbone, ids_of(2, 200)
 
     def read() -> None:
-        rows = PackedRows(ids_of(2, 200), None, None, backbone.embeddings)
+        rows = PackedRows(ids, None, None, backbone.embeddings)
         windows = backbone.plan_windows(rows.lengths, [200, 150], 0.1, 0.5, 0.1)
         backbone.read_rows(rows, windows, [200, 150], None, columns_to_keep=1, chunk_length=64)
 
@@ -121,5 +121,5 @@ def test_two_passes_wait_for_the_device_once():
                 read()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    waits = [f"{warning.filename}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)]
     assert len(waits) == 1, waits
