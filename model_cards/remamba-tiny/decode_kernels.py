@@ -52,7 +52,7 @@ _PROCESSORS = 132
 _SHARED_MEMORY = 220 * 1024  # bytes a multiprocessor has for tiles that are on their way
 
 
-FEW_ROWS = 2  # up to so many a projection is worth fusing with what stands around it
+FEW_ROWS = 1  # up to so many a projection is worth fusing with what stands around it
 
 _dependent = False
 
@@ -358,6 +358,14 @@ def _product(tile, x, total, DOT: tl.constexpr, ROWS_FIRST: tl.constexpr, INTERP
 
 
 @jit
+def _kept_in_registers(x):
+    """x, which Triton would otherwise wait for where it is loaded, to move it into shared memory."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth
+    )
+
+
+@jit
 def _weight_tile(weight, output, column, end, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr):
     """[outputs, inputs]; read once, so that it should not push anything out of the L2 cache."""
     output = tl.minimum(output, OUTPUTS - 1).to(tl.int64)
@@ -417,11 +425,16 @@ def _norm_linear_kernel(
         if norm_weight is not None:
             scale = _inverse_rms(x, gate, row, rows, first, x_stride, gate_stride, eps, SIZE, BLOCK_NORM, STAGES)
         part = _normed(x, gate, norm_weight, row, rows, column, end, scale, x_stride, gate_stride)
-        total = _product(tile, part, total, DOT, ROWS_FIRST, INTERPRETED)
+        if not DOT:
+            total = _product(tile, part, total, DOT, ROWS_FIRST, INTERPRETED)
         for start in tl.range(BLOCK_IN, SIZE, BLOCK_IN, num_stages=STAGES):
             column = first + start + tl.arange(0, BLOCK_IN)
-            tile = _weight_tile(weight, output, column, end, INPUTS, OUTPUTS)
-            part = _normed(x, gate, norm_weight, row, rows, column, end, scale, x_stride, gate_stride)
+            later_tile = _weight_tile(weight, output, column, end, INPUTS, OUTPUTS)
+            later = _normed(x, gate, norm_weight, row, rows, column, end, scale, x_stride, gate_stride)
+            total = _product(later_tile, later, total, DOT, ROWS_FIRST, INTERPRETED)
+        if DOT:  # last, so that the loop's tiles are on their way before the first x is there
+            if DEPENDENT:
+                part = _kept_in_registers(part)
             total = _product(tile, part, total, DOT, ROWS_FIRST, INTERPRETED)
 
     if not DOT:
@@ -934,7 +947,7 @@ def _summed_parts(partials, row, rows, column, end, WIDTH: tl.constexpr, PARTS: 
     here = (row < rows)[:, None] & (column < end)[None, :]
     place = partials + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     for part in tl.static_range(PARTS):
-        total += tl.load(place + (part * WIDTH) * rows.to(tl.int64), mask=here, other=0.0)
+        total += tl.load(place + tl.full([], part * WIDTH, tl.int64) * rows, mask=here, other=0.0)
     return total
 
 

@@ -2,7 +2,7 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """The memory's part of a decoding step, a token a row, in one or two kernels. Used without gradients, inside CUDA graphs.
 
-    few rows     note_step
+    few rows     note_step, a kernel for each reader
     more         note_projections | note_reading
 
 What a token reads changes only where a chunk ends, so keys and values of the notes are kept projected (`readable_notes`),
@@ -48,8 +48,11 @@ from .note_memory import NoteMemory, NoteReader, new_in_one
 from .note_pool import OpenChunk, Pool
 from .precision import at_least_float32
 
-FEW_ROWS = 4  # for which `note_step` has one kernel, whose programs all project the token themselves
+FEW_ROWS = 8  # for which `note_step` has a kernel a reader, whose programs all project the token themselves
 MOST_ELEMENTS = 1 << 15  # of the keys of one reader and row, which a program holds in registers
+MOST_BYTES = 192 * 1024  # of what a program of `note_step` holds in registers
+NOTES_AT_ONCE = 16  # kept notes are filled up to multiples of so many, which threads load together
+_EMPTY = (0.0, 0.0, -torch.inf)  # key, value and bias of an empty slot
 
 
 class StepWeights(NamedTuple):
@@ -79,7 +82,8 @@ class StepWeights(NamedTuple):
 class ReadableNotes(NamedTuple):
     """Notes as one reader's attention takes them.
 
-    keys, values: [B, N, F], projected, contiguous.
+    keys, values: [B, F, N], projected, contiguous: with notes side by side a warp has all of a head's, and needs no other to
+        weigh them.
     bias: [B, N] float32, what is added to logits: log score, -inf where the slot is empty.
     """
 
@@ -93,14 +97,12 @@ class ReadingPlan(NamedTuple):
 
     outputs: channels of what is added to the token.
     warps: of 32 threads a program.
-    inputs: channels of a tile of the query's weight, the first of which is on its way before the kernel before has ended.
-    stages: tiles that are on their way at a time.
+    inputs: of `note_step`: channels side by side in a warp, a power of two, while the query is projected.
     """
 
     outputs: int
     warps: int
     inputs: int = 128
-    stages: int = 4
 
 
 def can_step(memory: NoteMemory) -> bool:
@@ -144,7 +146,7 @@ class NotesOfReaders(NamedTuple):
 
     readers: (layer, which of its readers) of each, n in all.
     sources: [n, G] long, the layers whose pools a reader reads, the nearest first.
-    notes: [n, B, N, ...].
+    notes: [n, B, ...], with empty slots up to a multiple of `NOTES_AT_ONCE`.
     """
 
     readers: list[tuple[int, int]]
@@ -164,7 +166,13 @@ def notes_of_layers(memories: Sequence[NoteMemory], pool: Pool) -> list[NotesOfR
         readers = [(layer, which) for layer, which, _ in group]
         sources_of_all = torch.tensor([sources for *_, sources in group], device=pool.scores.device)
         first = readable_notes(_readers(memories, readers[:1]), pool, sources_of_all[:1])
-        notes = ReadableNotes(*(new_in_one(len(readers), part[0]) for part in first))
+        missing = -first.bias.shape[-1] % NOTES_AT_ONCE
+        notes = ReadableNotes(
+            *(
+                new_in_one(len(readers), F.pad(part[0], (0, missing))).fill_(empty)
+                for part, empty in zip(first, _EMPTY, strict=True)
+            )
+        )
         groups.append(NotesOfReaders(readers, sources_of_all, notes))
         renew_notes(groups[-1], memories, pool)
     return groups
@@ -174,7 +182,7 @@ def renew_notes(group: NotesOfReaders, memories: Sequence[NoteMemory], pool: Poo
     """Take what the pools hold now, by the weights as they are now; every tensor stays where it is."""
     notes = readable_notes(_readers(memories, group.readers), pool, group.sources)
     for mine, theirs in zip(group.notes, notes, strict=True):
-        mine.copy_(theirs)
+        mine[..., : theirs.shape[-1]].copy_(theirs)
 
 
 def notes_by_layer(groups: Sequence[NotesOfReaders], layers: int) -> list[list[ReadableNotes]]:
@@ -200,7 +208,7 @@ def _readers(memories: Sequence[NoteMemory], places: Sequence[tuple[int, int]]) 
 
 
 def readable_notes(readers: Sequence[NoteReader], pool: Pool, sources: torch.Tensor) -> ReadableNotes:
-    """What readers take of pools [layers, B, K, ...]: [n, B, N, ...], N being all the K of a reader together.
+    """What readers take of pools [layers, B, K, ...]: [n, B, F, N] and [n, B, N], N being all the K of a reader together.
 
     The weights are put together anew each time, a small copy: so there are none to keep and to renew.
 
@@ -219,7 +227,7 @@ def readable_notes(readers: Sequence[NoteReader], pool: Pool, sources: torch.Ten
     weights = weights.view(len(readers), 2 * size, size)
     projected = torch.bmm(joined.flatten(1, 2), weights.transpose(1, 2)).unflatten(1, joined.shape[1:3])
     bias = at_least_float32(pool.scores[sources].transpose(1, 2).flatten(2)).log()
-    keys, values = projected.split(size, dim=-1)
+    keys, values = projected.transpose(2, 3).split(size, dim=2)
     return ReadableNotes(keys, values, bias)
 
 
@@ -232,7 +240,7 @@ def readable_notes_naive(reader: NoteReader, pools: Sequence[Pool]) -> ReadableN
     joined = torch.cat(notes, dim=1)
     scores = at_least_float32(torch.cat([pool.scores for pool in pools], dim=1))
     bias = scores.clamp_min(torch.finfo(scores.dtype).tiny).log().masked_fill(scores <= 0, -torch.inf)
-    return ReadableNotes(reader.key(joined), reader.value(joined), bias)
+    return ReadableNotes(reader.key(joined).transpose(1, 2), reader.value(joined).transpose(1, 2), bias)
 
 
 # Projections of a token
@@ -519,7 +527,9 @@ def note_reading(
         *(hidden_states, projected, *_reader_arguments(weights, notes), read, out),
         *(hidden_states.stride(0), out.stride(0), weights.read_threshold),
         CHANNELS=channels,
-        **_reader_constants(weights, notes),
+        **_reader_constants(weights, notes[0], plan.warps),
+        BELOW=notes[-1].keys.shape[2],
+        BLOCK_BELOW=_power_of_two(notes[-1].keys.shape[2]),
         BLOCK=plan.outputs,
     )
     return out
@@ -539,11 +549,11 @@ def note_reading_naive(
     for reader, (keys, values, bias) in enumerate(notes):
         heads = len(weights.sinks[reader])
         query = projected[:, reader * size : (reader + 1) * size].unflatten(1, (heads, 1, -1))
-        keys, values = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (keys, values))
-        logits = at_least_float32(query @ keys.transpose(2, 3)) / query.shape[-1] ** 0.5 + bias[:, None, None]
+        keys, values = (part.unflatten(1, (heads, -1)) for part in (keys, values))
+        logits = at_least_float32(query @ keys) / query.shape[-1] ** 0.5 + bias[:, None, None]
         sink = at_least_float32(weights.sinks[reader]).view(-1, 1, 1).expand(*logits.shape[:-1], 1)
         attention = torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
-        taken = F.linear((attention.to(values.dtype) @ values).flatten(1), weights.outputs[reader])
+        taken = F.linear((attention.to(values.dtype) @ values.transpose(2, 3)).flatten(1), weights.outputs[reader])
         gate = torch.sigmoid(at_least_float32(projected[:, readers * size + reader, None]))
         added.append(taken * gate.masked_fill(gate <= weights.read_threshold, 0.0).to(taken.dtype))
     read.add_(1)
@@ -563,16 +573,41 @@ def _notes(
     BLOCK_HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
 ):
-    """A row's keys and values [notes, heads, size], and bias [notes]."""
+    """A row's keys and values [heads, size, notes], and bias [notes].
+
+    A warp should have all notes of a head, and few heads: where notes alone fill its threads, the dimension before them is
+    the next to be spread over warps, and the first one over what is left.
+    """
     note = tl.arange(0, BLOCK_NOTES)
     head = tl.arange(0, BLOCK_HEADS)
     column = tl.arange(0, BLOCK_SIZE)
-    here = (note < NOTES)[:, None, None] & (head < HEADS)[None, :, None] & (column < SIZE)[None, None, :]
-    place = ((row * NOTES + note)[:, None, None] * HEADS + head[None, :, None]) * SIZE + column[None, None, :]
-    key = tl.load(keys + place, mask=here, other=0.0)
-    value = tl.load(values + place, mask=here, other=0.0)
+    if not HEADS_FIRST:
+        here = (column < SIZE)[:, None, None] & (head < HEADS)[None, :, None] & (note < NOTES)[None, None, :]
+        place = ((row * HEADS + head)[None, :, None] * SIZE + column[:, None, None]) * NOTES + note[None, None, :]
+        key = tl.permute(tl.load(keys + place, mask=here, other=0.0), (1, 0, 2))
+        value = tl.permute(tl.load(values + place, mask=here, other=0.0), (1, 0, 2))
+    else:
+        here = (head < HEADS)[:, None, None] & (column < SIZE)[None, :, None] & (note < NOTES)[None, None, :]
+        place = ((row * HEADS + head)[:, None, None] * SIZE + column[None, :, None]) * NOTES + note[None, None, :]
+        key = tl.load(keys + place, mask=here, other=0.0)
+        value = tl.load(values + place, mask=here, other=0.0)
     return key, value, tl.load(bias + row * NOTES + note, mask=note < NOTES, other=float("-inf"))
+
+
+@jit
+def _sinks(sink, HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr):
+    head = tl.arange(0, BLOCK_HEADS)
+    return tl.load(sink + head, mask=head < HEADS, other=0.0).to(tl.float32)
+
+
+@jit
+def _padded(HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """The channels of a note at the places of [heads, size], both filled up to powers of two, and which places have one."""
+    place = tl.arange(0, BLOCK_HEADS * BLOCK_SIZE)
+    here = (place // BLOCK_SIZE < HEADS) & (place % BLOCK_SIZE < SIZE)
+    return place // BLOCK_SIZE * SIZE + place % BLOCK_SIZE, here
 
 
 @jit
@@ -585,39 +620,25 @@ def _output_tile(
     SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Of a reader's last projection [channels, heads, size]."""
-    head = tl.arange(0, BLOCK_HEADS)
-    column = tl.arange(0, BLOCK_SIZE)
-    here = (channel < CHANNELS)[:, None, None] & (head < HEADS)[None, :, None] & (column < SIZE)[None, None, :]
-    place = (channel[:, None, None] * HEADS + head[None, :, None]) * SIZE + column[None, None, :]
-    return tl.load(weight + place, mask=here, other=0.0)
+    """Of a reader's last projection [channels, heads * size]."""
+    part, is_part = _padded(HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+    here = (channel < CHANNELS)[:, None] & is_part[None, :]
+    return tl.load(weight + channel[:, None] * (HEADS * SIZE) + part[None, :], mask=here, other=0.0)
 
 
 @jit
-def _added(
-    query,
-    gate,
-    key,
-    value,
-    bias,
-    tile,
-    sink,
-    threshold,
-    HEADS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """What a reader adds to some channels, in float32 and rounded: query [heads, size], gate a number before its sigmoid."""
+def _added(query, gate, key, value, bias, tile, nothing, threshold, SIZE: tl.constexpr):
+    """What a reader adds to some channels, in float32 and rounded: query [heads, size], gate a number before its sigmoid,
+    nothing [heads] the sinks."""
     dtype = key.dtype
-    head = tl.arange(0, BLOCK_HEADS)
-    nothing = tl.load(sink + head, mask=head < HEADS, other=0.0).to(tl.float32)
-    logits = tl.sum(key.to(tl.float32) * query.to(tl.float32)[None, :, :], 2).to(dtype).to(tl.float32)
-    logits = logits / (SIZE**0.5) + bias[:, None]
-    highest = tl.maximum(tl.max(logits, 0), nothing)
-    weights = tl.exp(logits - highest[None, :])
-    weights = weights / (tl.sum(weights, 0) + tl.exp(nothing - highest))[None, :]
-    taken = tl.sum(weights.to(dtype).to(tl.float32)[:, :, None] * value.to(tl.float32), 0).to(dtype).to(tl.float32)
-    y = tl.sum(tl.sum(tile.to(tl.float32) * taken[None, :, :], 2), 1).to(dtype).to(tl.float32)
+    logits = tl.sum(key.to(tl.float32) * query.to(tl.float32)[:, :, None], 1).to(dtype).to(tl.float32)
+    logits = logits / (SIZE**0.5) + bias[None, :]
+    highest = tl.maximum(tl.max(logits, 1), nothing)
+    weights = tl.exp(logits - highest[:, None])
+    share = 1.0 / (tl.sum(weights, 1) + tl.exp(nothing - highest))
+    weights = (weights * share[:, None]).to(dtype).to(tl.float32)
+    taken = tl.sum(weights[:, None, :] * value.to(tl.float32), 2).to(dtype).to(tl.float32)
+    y = tl.sum(tile.to(tl.float32) * tl.reshape(taken, [tile.shape[1]])[None, :], 1).to(dtype).to(tl.float32)
     gate = _sigmoid(gate.to(dtype).to(tl.float32))
     gate = tl.where(gate <= threshold, 0.0, gate).to(dtype).to(tl.float32)
     return (y * gate).to(dtype).to(tl.float32)
@@ -668,6 +689,7 @@ def _note_reading_kernel(
     BLOCK_HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -676,13 +698,15 @@ def _note_reading_kernel(
     row = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     # The kernel before writes nothing of this, so that it comes while that kernel runs out.
-    key, value, add = _notes(keys, values, bias, row, NOTES, BLOCK_NOTES, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+    key, value, add = _notes(keys, values, bias, row, NOTES, BLOCK_NOTES, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE, HEADS_FIRST)
     tile = _output_tile(output_weight, channel, CHANNELS, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+    nothing = _sinks(sink, HEADS, BLOCK_HEADS)
     if below_keys is not None:
         below_key, below_value, below_add = _notes(
-            below_keys, below_values, below_bias, row, BELOW, BLOCK_BELOW, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE
+            below_keys, below_values, below_bias, row, BELOW, BLOCK_BELOW, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE, True
         )
         below_tile = _output_tile(below_output_weight, channel, CHANNELS, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+        below_nothing = _sinks(below_sink, HEADS, BLOCK_HEADS)
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
@@ -691,21 +715,20 @@ def _note_reading_kernel(
     mine = projected + row * (READERS * (NOTE + 1))
     query = _projected_query(mine, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
     gate = tl.load(mine + READERS * NOTE)
-    added = _added(query, gate, key, value, add, tile, sink, read_threshold, HEADS, BLOCK_HEADS, SIZE)
     if below_keys is not None:
-        query = _projected_query(mine + NOTE, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
-        gate = tl.load(mine + READERS * NOTE + 1)
+        below_query = _projected_query(mine + NOTE, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+        below_gate = tl.load(mine + READERS * NOTE + 1)
+    added = _added(query, gate, key, value, add, tile, nothing, read_threshold, SIZE)
+    if below_keys is not None:
         added += _added(
-            query,
-            gate,
+            below_query,
+            below_gate,
             below_key,
             below_value,
             below_add,
             below_tile,
-            below_sink,
+            below_nothing,
             read_threshold,
-            HEADS,
-            BLOCK_HEADS,
             SIZE,
         )
         added = added.to(key.dtype).to(tl.float32)
@@ -717,11 +740,18 @@ def _note_reading_kernel(
 # Both
 
 
-def step_plan(channels: int, elements: int, item_size: int = 2) -> ReadingPlan:
-    """The cut of `note_step`'s one kernel for readers of up to `elements` numbers in keys. Every program reads the query's
-    weight, which takes it as long as everything else: so there are few."""
-    warps = min(max(elements // 1024, 8), 16)
-    return ReadingPlan(min(max(_power_of_two(channels), 16), 64), warps, 128 if item_size == 2 else 32)
+def step_plan(rows: int, channels: int, weights: StepWeights, notes: ReadableNotes) -> ReadingPlan | None:
+    """The cut of `note_step`'s kernel for one reader; None: two kernels for all of them are better.
+
+    A program holds everything but the token in registers when that comes: what is left is a chain of sums. One of a layer's
+    first reader should leave room for the programs of the kernel before, or it could not start beside them and fetch.
+    """
+    elements = _elements(weights, [notes])
+    held = weights.projection.element_size() * (weights.outputs[0].shape[1] * (channels + 64) + 2 * elements)
+    if rows > FEW_ROWS or held > MOST_BYTES:
+        return None
+    outputs = min(max(_power_of_two(channels), 16), 64 if rows <= 4 else 128)
+    return ReadingPlan(outputs, 8 if held <= MOST_BYTES * 3 // 4 else 16)
 
 
 def note_step(
@@ -735,8 +765,8 @@ def note_step(
 ) -> torch.Tensor:
     """A layer's memory in a step: a token and what it reads, its note in the open chunk; see `NoteMemory.step`.
 
-    The same as `note_projections` and `note_reading` one after the other, whose arguments these are. In one kernel if there
-    is a `plan`, or by `step_plan` for at most `FEW_ROWS` rows.
+    The same as `note_projections` and `note_reading` one after the other, whose arguments these are. In a kernel for each
+    reader if there is a `plan`, or one by `step_plan`.
 
     Returns:
         [B, H] in the dtype of the sum of hidden states and weights.
@@ -747,29 +777,34 @@ def note_step(
     by_kernel = _projected_by_kernel(hidden_states, weights, opened, read) and _read_by_kernel(
         hidden_states, weights, notes, read, out
     )
-    if not by_kernel or (plan is None and rows > FEW_ROWS):
+    chosen = [plan or step_plan(rows, channels, weights, part) for part in notes]
+    plans = [cut for cut in chosen if cut is not None]
+    if not by_kernel or len(plans) < len(notes):
         projected = note_projections(hidden_states, weights, opened, read)
         return note_reading(hidden_states, projected, weights, notes, read, out)
-    if plan is None:
-        plan = step_plan(channels, _elements(weights, notes), weights.projection.element_size())
     out = _new_result(hidden_states, weights) if out is None else out
-    _launch(
-        _note_step_kernel,
-        (_blocks(channels, plan.outputs) + 1, rows),
-        plan.warps,
-        *(hidden_states, weights.norm, weights.projection, weights.gate_bias, weights.score_weight, weights.score_bias),
-        *(*_reader_arguments(weights, notes), *opened, read, out),
-        *(hidden_states.stride(0), *opened.notes.stride(), *opened.scores.stride(), out.stride(0)),
-        *(weights.eps, weights.write_threshold, weights.read_threshold),
-        CHANNELS=channels,
-        CHUNK=opened.scores.shape[1],
-        **_reader_constants(weights, notes),
-        BLOCK=plan.outputs,
-        BLOCK_IN=plan.inputs,
-        BLOCK_NORM=min(_power_of_two(channels), 4096),
-        STAGES=plan.stages,
-        INTERPRETED=_INTERPRETED,
-    )
+    readers, earlier = len(notes), None
+    for reader, (part, sink, output, cut) in enumerate(zip(notes, weights.sinks, weights.outputs, plans, strict=True)):
+        last = reader == readers - 1
+        result = out if last else weights.projection.new_empty(rows, channels)
+        _launch(
+            _note_step_kernel,
+            (_blocks(channels, cut.outputs) + (reader == 0), rows),
+            cut.warps,
+            *(hidden_states, weights.norm, weights.projection, weights.gate_bias, weights.score_weight, weights.score_bias),
+            *(*part, sink, output, *opened, read, earlier, result),
+            *(hidden_states.stride(0), *opened.notes.stride(), *opened.scores.stride(), result.stride(0)),
+            *(weights.eps, weights.write_threshold, weights.read_threshold),
+            CHANNELS=channels,
+            CHUNK=opened.scores.shape[1],
+            READERS=readers,
+            READER=reader,
+            **_reader_constants(weights, part, cut.warps),
+            BLOCK=cut.outputs,
+            BLOCK_IN=min(cut.inputs, _power_of_two(channels)),
+            PARTS=_power_of_two(_blocks(channels, cut.inputs)),
+        )
+        earlier = result
     return out
 
 
@@ -799,14 +834,10 @@ def _note_step_kernel(
     bias,
     sink,
     output_weight,
-    below_keys,
-    below_values,
-    below_bias,
-    below_sink,
-    below_output_weight,
     notes,
     scores,
     read,
+    earlier,
     out,
     x_stride,
     note_row,
@@ -820,135 +851,92 @@ def _note_step_kernel(
     read_threshold,
     CHANNELS: tl.constexpr,
     CHUNK: tl.constexpr,
+    READERS: tl.constexpr,
+    READER: tl.constexpr,
     NOTES: tl.constexpr,
     BLOCK_NOTES: tl.constexpr,
-    BELOW: tl.constexpr,
-    BLOCK_BELOW: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_IN: tl.constexpr,
-    BLOCK_NORM: tl.constexpr,
-    STAGES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    NOTE: tl.constexpr = HEADS * SIZE
-    READERS: tl.constexpr = 1 if below_keys is None else 2
-    OUTPUTS: tl.constexpr = (1 + READERS) * NOTE + READERS
-    BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
-    block = tl.program_id(0)  # the last one writes the note
-    number = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(1) + tl.arange(0, 1)
-    rows = tl.num_programs(1)
-    # Tensor cores want 16 rows: products and sums of a tile would fill the registers.
-    sixteen = tl.program_id(1) + tl.arange(0, 16)
-    channel = block * BLOCK + tl.arange(0, BLOCK)
+    """One reader's part. The first one's kernel has a program more, which writes the note; the last one's adds to the token.
 
-    # Of a note or query, padded to a power of two in heads and in their sizes.
-    padded = tl.arange(0, BLOCK_HEADS * BLOCK_SIZE)
-    part = padded // BLOCK_SIZE * SIZE + padded % BLOCK_SIZE
-    is_part = (padded // BLOCK_SIZE < HEADS) & (padded % BLOCK_SIZE < SIZE)
-    first = tl.where(block == BLOCKS, 0, NOTE)
+    There is no loop, and the token's channels are [parts, columns], so that a warp has all channels of the outputs that it
+    projects and few threads share each: a sum over warps costs as much as hundreds of products.
+    """
+    NOTE: tl.constexpr = HEADS * SIZE
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+    block = tl.program_id(0)  # the last one of the first reader writes the note
+    row = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, PARTS)[:, None] * BLOCK_IN + tl.arange(0, BLOCK_IN)[None, :]
+    known_column = column < CHANNELS
+    channel = block * BLOCK + tl.arange(0, BLOCK)
+    known = channel < CHANNELS
+    part, is_part = _padded(HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
 
     # The kernel before writes nothing of this, so that it comes while that kernel runs out.
-    weight_tile = _weight_tile(weight, first + part, tl.arange(0, BLOCK_IN), CHANNELS, CHANNELS, OUTPUTS)
-    key, value, add = _notes(keys, values, bias, number, NOTES, BLOCK_NOTES, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
-    tile = _output_tile(output_weight, channel, CHANNELS, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
-    scale = _inverse_rms(x, None, row, rows, 0, x_stride, 0, eps, CHANNELS, BLOCK_NORM, 1)
-    y = _products(
-        weight_tile,
-        x,
-        norm_weight,
-        weight,
-        scale,
-        first + part,
-        sixteen,
-        tl.program_id(1) + 1,
-        x_stride,
-        CHANNELS,
-        OUTPUTS,
-        BLOCK_IN,
-        STAGES,
-        INTERPRETED,
+    first = tl.where(block == BLOCKS, 0, (1 + READER) * NOTE)
+    output = tl.minimum(first + part, (1 + READERS) * NOTE - 1)
+    weight_tile = tl.load(
+        weight + output[:, None, None] * CHANNELS + column[None, :, :], mask=known_column[None, :, :], other=0.0
     )
-    y = tl.sum(y, 0).to(weight.dtype.element_ty)  # all rows but the first are zero
-
-    if block == BLOCKS:
-        place = tl.load(read + row) % CHUNK
-        note = notes + number * note_row + place[:, None] * note_place + part.to(tl.int64)[None, :] * note_channel
-        tl.store(note, y.to(notes.dtype.element_ty)[None, :], mask=is_part[None, :])
-        _write_score(
-            x,
-            norm_weight,
-            score_weight,
-            score_bias,
-            scores,
-            place,
-            scale,
-            row,
-            rows,
-            x_stride,
-            score_row,
-            score_place,
-            write_threshold,
-            CHANNELS,
-            BLOCK_NORM,
-        )
-        _count_token(read, number)
+    key, value, add = _notes(keys, values, bias, row, NOTES, BLOCK_NOTES, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE, HEADS_FIRST)
+    tile = _output_tile(output_weight, channel, CHANNELS, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
+    nothing = _sinks(sink, HEADS, BLOCK_HEADS)
+    norm = tl.load(norm_weight + column, mask=known_column, other=0.0)
+    if READER == 0 and block == BLOCKS:
+        vector = tl.load(score_weight + column, mask=known_column, other=0.0).to(tl.float32)
+        logit = tl.load(score_bias).to(tl.float32)
     else:
-        known = channel < CHANNELS
-        hidden = tl.load(x + number * x_stride + channel, mask=known, other=0.0).to(tl.float32)
-        gates = weight + (1 + READERS) * NOTE * CHANNELS
-        gate = tl.sum(_dot(gates, x, norm_weight, scale, row, rows, x_stride, CHANNELS, BLOCK_NORM), 0)
-        gate += tl.load(gate_bias).to(tl.float32)
+        gates = weight + ((1 + READERS) * NOTE + READER) * CHANNELS
+        vector = tl.load(gates + column, mask=known_column, other=0.0).to(tl.float32)
+        logit = tl.load(gate_bias + READER).to(tl.float32)
+    if DEPENDENT:
+        if READER == 0:
+            gdc_wait()
+        # A later reader's kernel starts when the first one's programs all know the token to be written: it runs beside that
+        # kernel, and waits only for what it has to add to. The cache of its multiprocessor may be older, hence ".cg" below.
+        gdc_launch_dependents()
+
+    place = x + row * x_stride
+    value_of_token = tl.load(place + column, mask=known_column, other=0.0, cache_modifier=".cg").to(tl.float32)
+    hidden = tl.load(place + channel, mask=known, other=0.0, cache_modifier=".cg").to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value_of_token * value_of_token) / CHANNELS + eps)
+    token = (value_of_token * scale).to(norm.dtype).to(tl.float32)
+    token = (norm.to(tl.float32) * token).to(norm.dtype).to(tl.float32)
+    logit += tl.sum(token * vector)
+    # Parts beyond the end are known when this is compiled, and adding -0 to a sum is nothing to be done.
+    nought = tl.zeros([1, 1, 1], tl.float32) * -1.0
+    products = tl.where(known_column[None, :, :], weight_tile.to(tl.float32) * token[None, :, :], nought)
+    y = tl.sum(tl.sum(products, 1), 1).to(weight.dtype.element_ty)
+
+    if READER == 0 and block == BLOCKS:
+        count = tl.load(read + row)
+        at = count % CHUNK
+        note = notes + row * note_row + at * note_place + part.to(tl.int64) * note_channel
+        tl.store(note, y.to(notes.dtype.element_ty), mask=is_part)
+        score = _sigmoid(logit)
+        score = tl.where(score <= write_threshold, 0.0, score)
+        tl.store(scores + row * score_row + at * score_place, score.to(scores.dtype.element_ty))
+        tl.debug_barrier()  # no thread may write what another has yet to read
+        tl.store(read + row, count + 1)
+    else:
         query = tl.reshape(y, [BLOCK_HEADS, BLOCK_SIZE])
-        added = _added(query, gate, key, value, add, tile, sink, read_threshold, HEADS, BLOCK_HEADS, SIZE)
-        if below_keys is not None:
-            below_weight_tile = _weight_tile(weight, 2 * NOTE + part, tl.arange(0, BLOCK_IN), CHANNELS, CHANNELS, OUTPUTS)
-            below_key, below_value, below_add = _notes(
-                below_keys, below_values, below_bias, number, BELOW, BLOCK_BELOW, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE
-            )
-            below_tile = _output_tile(below_output_weight, channel, CHANNELS, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
-            below_query = _products(
-                below_weight_tile,
-                x,
-                norm_weight,
-                weight,
-                scale,
-                2 * NOTE + part,
-                sixteen,
-                tl.program_id(1) + 1,
-                x_stride,
-                CHANNELS,
-                OUTPUTS,
-                BLOCK_IN,
-                STAGES,
-                INTERPRETED,
-            )
-            below_query = tl.sum(below_query, 0).to(weight.dtype.element_ty)
-            gate = tl.sum(_dot(gates + CHANNELS, x, norm_weight, scale, row, rows, x_stride, CHANNELS, BLOCK_NORM), 0)
-            gate += tl.load(gate_bias + 1).to(tl.float32)
-            added += _added(
-                tl.reshape(below_query, [BLOCK_HEADS, BLOCK_SIZE]),
-                gate,
-                below_key,
-                below_value,
-                below_add,
-                below_tile,
-                below_sink,
-                read_threshold,
-                HEADS,
-                BLOCK_HEADS,
-                SIZE,
-            )
-            added = added.to(weight.dtype.element_ty).to(tl.float32)
-        tl.store(out + number * out_stride + channel, (hidden + added).to(out.dtype.element_ty), mask=known)
+        added = _added(query, logit, key, value, add, tile, nothing, read_threshold, SIZE)
+        if earlier is not None:
+            if DEPENDENT:
+                gdc_wait()
+            before = tl.load(earlier + row * CHANNELS + channel, mask=known, other=0.0).to(tl.float32)
+            added = (before + added).to(earlier.dtype.element_ty).to(tl.float32)
+        if READER == READERS - 1:
+            added += hidden
+        tl.store(out + row * out_stride + channel, added.to(out.dtype.element_ty), mask=known)
 
 
 # What they share
@@ -982,9 +970,9 @@ def _check_reading(
         raise ValueError(f"{len(weights.outputs)} readers need notes for each, got {len(notes)}.")
     for output, part in zip(weights.outputs, notes, strict=True):
         _check_shape("output", output, (channels, size))
-        _check_shape("keys", part.keys, (rows, part.keys.shape[1], size))
+        _check_shape("keys", part.keys, (rows, size, part.keys.shape[2]))
         _check_shape("values", part.values, tuple(part.keys.shape))
-        _check_shape("bias", part.bias, tuple(part.keys.shape[:2]))
+        _check_shape("bias", part.bias, (rows, part.keys.shape[2]))
     _check_shape("read", read, (rows,))
     _check_shape("out", out, (rows, channels))
 
@@ -1029,7 +1017,7 @@ def _tensors(weights: StepWeights) -> tuple[torch.Tensor, ...]:
 def _elements(weights: StepWeights, notes: Sequence[ReadableNotes]) -> int:
     """Numbers in the keys of the reader with most, as a program holds them."""
     heads, size = len(weights.sinks[0]), weights.outputs[0].shape[1]
-    return max(_power_of_two(part.keys.shape[1]) for part in notes) * _power_of_two(heads) * _power_of_two(size // heads)
+    return max(_power_of_two(part.keys.shape[2]) for part in notes) * _power_of_two(heads) * _power_of_two(size // heads)
 
 
 def _new_result(hidden_states: torch.Tensor, weights: StepWeights) -> torch.Tensor:
@@ -1045,16 +1033,15 @@ def _reader_arguments(weights: StepWeights, notes: Sequence[ReadableNotes]) -> l
     return arguments + [None] * (10 - len(arguments))
 
 
-def _reader_constants(weights: StepWeights, notes: Sequence[ReadableNotes]) -> dict[str, int]:
+def _reader_constants(weights: StepWeights, notes: ReadableNotes, warps: int) -> dict[str, int]:
     heads, size = len(weights.sinks[0]), weights.outputs[0].shape[1]
-    counts = [part.keys.shape[1] for part in notes]
+    block = _power_of_two(notes.keys.shape[2])
     return {
-        "NOTES": counts[0],
-        "BLOCK_NOTES": _power_of_two(counts[0]),
-        "BELOW": counts[-1],
-        "BLOCK_BELOW": _power_of_two(counts[-1]),
+        "NOTES": notes.keys.shape[2],
+        "BLOCK_NOTES": block,
         "HEADS": heads,
         "BLOCK_HEADS": _power_of_two(heads),
         "SIZE": size // heads,
         "BLOCK_SIZE": _power_of_two(size // heads),
+        "HEADS_FIRST": warps < 16 or block >= 256,
     }
