@@ -61,7 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 FEWEST_REPEATS = 5
 SHORT_SECONDS = 2.0  # what is over sooner warms up twice
-FEW_TOKENS, MOST_TOKENS = 4, 128  # decoded in a sample: as many as take `sample_seconds`
+FEW_TOKENS, MOST_TOKENS = 4, 512  # decoded in a sample: as many as take `sample_seconds`
 SLOW_TO_DECODE = ("transformers", "llama")  # without graphs; a quick run leaves some of their batches out
 
 # The gate. Errors are RMS ratios, rms(x - reference) / rms(reference).
@@ -371,7 +371,11 @@ def spread(samples: list[float]) -> dict[str, Any]:
 
 @torch.no_grad()
 def decode(cell: Cell, taken: Loaded, bench: Bench) -> dict[str, Any]:
-    """The time of a token is that of `generate` for 2n tokens less that for n, by n: reading the prompt cancels out."""
+    """The time of a token is that of `generate` for n tokens more than a few, by n: reading the prompt cancels out.
+
+    The few come with the host's preparations, which vary by some milliseconds; n tokens take `sample_seconds`, so that they
+    do not count.
+    """
     ids = bench.random_ids(cell.rows, cell.tokens, taken.vocab_size)
     options = OPTIONS.get(cell.variant, {})
 
@@ -379,20 +383,20 @@ def decode(cell: Cell, taken: Loaded, bench: Bench) -> dict[str, Any]:
         return bench.seconds(lambda: taken.contender.generate(ids, tokens, **options))
 
     def sample(tokens: int) -> float:
-        longer = seconds(2 * tokens)
-        return (longer - seconds(tokens)) / tokens
+        longer = seconds(FEW_TOKENS + tokens)
+        return (longer - seconds(FEW_TOKENS)) / tokens
 
-    sample(FEW_TOKENS)  # twice as many come first: whoever captures a graph for a length then has it for all
-    begin = time.perf_counter()
-    token = max(sample(FEW_TOKENS), 1e-5)
-    expected = time.perf_counter() - begin
-    tokens = min(max(round(bench.sample_seconds / token), FEW_TOKENS), MOST_TOKENS)
-    if tokens > FEW_TOKENS:
-        sample(tokens)
-    samples, most = bench.repeated(lambda: sample(tokens), expected + 3 * (tokens - FEW_TOKENS) * token)
-    # The tokens that count are decoded behind the prompt and n others, and are n.
+    def again(tokens: int) -> float:
+        seconds(tokens)  # whoever captures a graph for a length does it here
+        return seconds(tokens)
+
+    few, tokens = again(FEW_TOKENS), FEW_TOKENS
+    while (longer := again(FEW_TOKENS + tokens)) - few < bench.sample_seconds and tokens < MOST_TOKENS:
+        tokens = min(2 * tokens, MOST_TOKENS)
+    samples, most = bench.repeated(lambda: sample(tokens), longer + few)
     state_bytes = taken.contender.state_bytes(**options)
-    limit = decoding_limit(taken.contender, cell.rows, state_bytes, cell.tokens + 1.5 * tokens, bench.ceilings)
+    # The tokens that count are decoded behind the prompt and a few others.
+    limit = decoding_limit(taken.contender, cell.rows, state_bytes, cell.tokens + FEW_TOKENS + tokens / 2, bench.ceilings)
     return {
         **spread(samples),
         "peak_bytes": taken.peak(most),
@@ -770,7 +774,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu_quick.json or gpu_full.json")
     parser.add_argument("--repeats", type=int, default=FEWEST_REPEATS)
-    parser.add_argument("--sample-seconds", type=float, default=0.1, help="that a sample of decoded tokens should take")
+    parser.add_argument("--sample-seconds", type=float, default=0.3, help="that a sample of decoded tokens should take")
     parser.add_argument("--cell-seconds", type=float, default=300, help="what would take longer is recorded as too slow")
     parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="begin no measurement after that time")
     arguments = parser.parse_args(words)
