@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `remamba` command: doctor, convert, generate."""
+"""The `remamba` command: doctor, convert, generate, eval."""
 
 import argparse
 import importlib.metadata
@@ -11,17 +11,13 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .command_options import add_compression_settings, at_least_zero, compression_settings, flag, positive
 from .families import ALL_FAMILIES, Family
 from .modeling.configuration_memmamba import MemMambaConfig
 
 # Errors are sentences for users: they go to stderr alone, with this exit status. --debug shows the traceback instead.
 _FAILED = 1
 _PACKAGES = ("torch", "transformers", "mamba-ssm", "causal-conv1d", "triton", "peft", "accelerate", "safetensors")
-_SETTINGS = (
-    ("start", float, "S", "where the window begins, as a share of the prompt"),
-    ("span", float, "P", "the window's length as a share of the prompt"),
-    ("ratio", float, "RHO", "share of the window that is kept (given here, compression_max_kept does not bound it)"),
-)
 # Fields of MemMamba's configuration, each with the type of its default.
 _MEMORY_SETTINGS = {
     "note_size": "size of a note",
@@ -69,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     _add_convert(commands.add_parser("convert", help="make a ReMamba or MemMamba checkpoint from a Mamba checkpoint"))
     _add_generate(commands.add_parser("generate", help="read a long document and answer a question about it"))
+    _add_eval(commands.add_parser("eval", help="measure a model on a benchmark"))
     return parser
 
 
@@ -101,12 +98,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: SOURCE's")
     parser.add_argument("--tokenizer", metavar="TOKENIZER", help="folder or Hub id to copy the tokenizer from")
     parser.add_argument("--tokenizer-revision", metavar="REV")
-    _add_settings(parser, "; written into the configuration")
+    add_compression_settings(parser, "; written into the configuration")
     memory = parser.add_argument_group("settings of the memory", "with --to memmamba; written into the configuration")
     for name, text in _MEMORY_SETTINGS.items():
         default = getattr(MemMambaConfig, name)
         note = f"{text} (default: {default})"
-        memory.add_argument(_flag(name), type=type(default), metavar=type(default).__name__.upper(), help=note)
+        memory.add_argument(flag(name), type=type(default), metavar=type(default).__name__.upper(), help=note)
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it is a checkpoint")
     parser.set_defaults(run=_convert)
 
@@ -121,17 +118,17 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     document.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file in UTF-8; - reads stdin")
     document.add_argument("--prompt", metavar="TEXT")
     parser.add_argument("--question", metavar="TEXT", help="asked behind the document; without it the text is continued")
-    parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--temperature", type=_at_least_zero, default=0.0, metavar="T", help="0 takes the likeliest token (the default)"
+        "--temperature", type=at_least_zero, default=0.0, metavar="T", help="0 takes the likeliest token (the default)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--no-compression", action="store_true", help="read as plain Mamba does")
     parser.add_argument("--compare-plain", action="store_true", help="also answer without compression")
-    _add_settings(parser, "; default: the checkpoint's")
+    add_compression_settings(parser, "; default: the checkpoint's")
     parser.add_argument(
         "--prefill-chunk-length",
-        type=_positive,
+        type=positive,
         default=4096,
         metavar="N",
         help="tokens read at a time: bounds memory, does not change the result (default: %(default)s)",
@@ -143,33 +140,22 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_generate)
 
 
-def _add_settings(parser: argparse.ArgumentParser, note: str) -> None:
-    for name, kind, metavar, text in _SETTINGS:
-        parser.add_argument(_flag(f"compression_{name}"), type=kind, metavar=metavar, help=text + note)
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    from .evaluation.eval_cli import COMMANDS  # imports nothing that a task needs
 
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _at_least_zero(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError("must be a finite number of at least 0")
-    return value
-
-
-def _flag(setting: str) -> str:
-    return f"--{setting.replace('_', '-')}"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "remamba eval TASK --model MODEL ..."
+    tasks = "\n".join(f"  {name:12} {command.help}" for name, command in COMMANDS.items())
+    parser.description = f"Measures a model. Every TASK has options of its own: remamba eval TASK --help\n\n{tasks}"
+    parser.add_argument("task", metavar="TASK", choices=tuple(COMMANDS), help="what to measure")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.set_defaults(run=_eval)
 
 
 def _given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Settings of compression and memory, as far as the command has them and they were given."""
-    names = [*(f"compression_{name}" for name, *_ in _SETTINGS), *_MEMORY_SETTINGS]
-    return {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    memory = {name: getattr(options, name, None) for name in _MEMORY_SETTINGS}
+    return {**compression_settings(options), **{name: value for name, value in memory.items() if value is not None}}
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -298,9 +284,18 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _eval(options: argparse.Namespace) -> int:
+    from .evaluation.eval_cli import COMMANDS
+
+    if not options.debug:
+        logging.disable_progress_bar()  # of loading weights
+    COMMANDS[options.task].run(options.arguments, f"remamba eval {options.task}")
+    return 0
+
+
 def _check_nothing_to_compress(options: argparse.Namespace, family: Family) -> None:
     switches = [name for name in ("no_compression", "compare_plain") if getattr(options, name)]
-    given = [_flag(name) for name in (*_given_settings(options), *switches)]
+    given = [flag(name) for name in (*_given_settings(options), *switches)]
     if given:
         raise ValueError(f"{options.model} is a {family.name}, which compresses no prompts: leave out {', '.join(given)}.")
 

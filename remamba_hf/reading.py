@@ -162,7 +162,7 @@ def load_for_reading(
         CheckpointError: no such checkpoint, another kind of model, missing or damaged weights, no tokenizer, no such
             device.
     """
-    device = _checked_device(device)
+    device = checked_device(device)
     folder = locate(checkpoint, revision)
     model_class = family_of(checkpoint, revision).model_class
     check_safetensors(folder)
@@ -438,7 +438,8 @@ def _state_bytes(cache: Cache | None) -> int:
     return sum(state.nbytes for state in states)
 
 
-def _checked_device(device: str | None) -> str:
+def checked_device(device: str | None) -> str:
+    """The device, or CUDA where there is one for None; raises a CheckpointError for one that is not there."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -236,11 +236,11 @@ def markdown_tables(results: dict[str, Any]) -> str:
     return text
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(arguments: Sequence[str] | None = None, program: str | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--plain-model", help="folder or Hub id of a plain model of the same tokenizer, to compare with")
-    parser.add_argument("--books", required=True, help="folder of .txt books that the models were not trained on")
+    parser.add_argument("--books", "--data", required=True, help="folder of .txt books that the models were not trained on")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--passages", type=int, default=8, help="passages, evenly over the books")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a passage")
@@ -250,8 +250,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    options = parse_arguments(arguments, program)
     if min(options.gaps) < 1 or min(options.distances) < 0 or max(options.distances) >= options.length:
         raise ValueError("gaps are at least 1, and distances at least 0 and less than the length of a passage")
     options.output.parent.mkdir(parents=True, exist_ok=True)

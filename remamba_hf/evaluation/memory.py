@@ -273,49 +273,60 @@ def encode_each_book(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) 
     return [encode_text(read_book(path), tokenizer) for path in tqdm(paths, desc="encoding books", unit="book")]
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    default = MemorySettings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(
+    arguments: Sequence[str] | None = None, program: str | None = None, parts: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The command line; with `parts`, that of a command which measures these alone and has no options for others."""
+    parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", required=True, help="folders or Hub ids")
     parser.add_argument("--plain-model", help="folder or Hub id of a plain model of the same tokenizer, to compare with")
-    parser.add_argument("--books", required=True, help="folder of .txt books that the models were not trained on")
+    parser.add_argument("--books", "--data", required=True, help="folder of .txt books that the models were not trained on")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--plots", type=Path, help="folder for the plots")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=default.lengths, help="texts of passkey, tokens")
-    parser.add_argument("--samples", type=int, default=default.samples, help="texts per cell of passkey and documents")
-    parser.add_argument("--keys", type=int, default=default.keys, help="people who are asked for in a text of passkey")
-    parser.add_argument("--distractors", type=int, default=default.distractors, help="people in a text nobody asks for")
-    parser.add_argument("--digits", type=int, default=default.digits, help="length of the numbers")
-    parser.add_argument("--seed", type=int, default=default.seed, help="of the texts")
-    parser.add_argument(
-        "--document-counts",
-        type=int,
-        nargs="+",
-        default=default.document_counts,
-        help="documents without the fact that is asked",
-    )
-    parser.add_argument("--document-length", type=int, default=default.document_length, help="tokens, at most")
-    parser.add_argument(
-        "--perplexity-lengths", type=int, nargs="+", default=default.perplexity_lengths, help="windows, tokens"
-    )
-    parser.add_argument(
-        "--reference-length", type=int, default=default.reference_length, help="whose perplexity others are compared with"
-    )
-    parser.add_argument("--windows", type=int, default=default.windows, help="of every book")
-    parser.add_argument("--counted", type=int, default=default.counted, help="tokens at a window's end")
-    parser.add_argument(
-        "--decode-lengths", type=int, nargs="+", default=default.decode_lengths, help="tokens read before decoding"
-    )
+    if parts is None:
+        parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
+    _add_part_arguments(parser, parts or PARTS)
     parser.add_argument("--batch-tokens", type=int, default=262_144, help="tokens read at once: rows times chunk")
     parser.add_argument("--chunk-length", type=int, help="tokens of a row read at once (default: 32768, CPU 4096)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(arguments)
+    return parser.parse_args(arguments, argparse.Namespace(**({} if parts is None else {"parts": list(parts)})))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_arguments(arguments)
-    given = ((name, getattr(options, name)) for name in MemorySettings.__dataclass_fields__)
+def _add_part_arguments(parser: argparse.ArgumentParser, parts: Sequence[str]) -> None:
+    """One option for each setting of these parts. The lengths of a part that stands alone are also called `--lengths`."""
+    default = MemorySettings()
+
+    def add(name: str, help: str, *also: str) -> None:
+        value = getattr(default, name)
+        several: dict[str, Any] = {"nargs": "+"} if isinstance(value, tuple) else {}
+        flags = (f"--{name.replace('_', '-')}", *also)
+        parser.add_argument(*flags, dest=name, type=int, default=value, help=help, **several)
+
+    also = ("--lengths",) if len(parts) == 1 else ()
+    if "passkey" in parts:
+        add("lengths", "texts of passkey, tokens")
+        add("keys", "people who are asked for in a text of passkey")
+    if {"passkey", "documents"} & set(parts):
+        add("samples", "texts per cell of passkey and documents")
+        add("distractors", "people in a text nobody asks for")
+        add("digits", "length of the numbers")
+        add("seed", "of the texts")
+    if "documents" in parts:
+        add("document_counts", "documents without the fact that is asked")
+        add("document_length", "tokens, at most")
+    if "perplexity" in parts:
+        add("perplexity_lengths", "windows, tokens", *also)
+        add("reference_length", "whose perplexity others are compared with")
+        add("windows", "of every book")
+        add("counted", "tokens at a window's end")
+    if "decode" in parts:
+        add("decode_lengths", "tokens read before decoding", *also)
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None, parts: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments, program, parts)
+    default = asdict(MemorySettings())
+    given = ((name, getattr(options, name, value)) for name, value in default.items())
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
     settings = MemorySettings(**values)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -327,11 +327,11 @@ def plot_depths(results: dict[str, Any], path: str | Path, variant: str = "compr
     save_figure(figure, path)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(arguments: Sequence[str] | None = None, program: str | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a ReMamba or ReMamba-2")
     parser.add_argument("--plain-model", help="folder or Hub id of a plain model of the same tokenizer, to compare with")
-    parser.add_argument("--books", required=True, help="folder of .txt books that the models were not trained on")
+    parser.add_argument("--books", "--data", required=True, help="folder of .txt books that the models were not trained on")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--plots", type=Path, help="folder for the two plots")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="prompt lengths, tokens")
@@ -348,8 +348,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    options = parse_arguments(arguments, program)
     config = AutoConfig.from_pretrained(options.model)
     if config.model_type not in FAMILIES:
         raise ValueError(

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any causal language model with its tokenizer: checkpoints of this package's families, and others as baselines."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from remamba_hf.checkpoint_files import (
+    TOKENIZER_FILES,
+    CheckpointError,
+    check_safetensors,
+    first_line,
+    has_tokenizer,
+    locate,
+)
+from remamba_hf.families import ALL_FAMILIES, FAMILIES
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A causal language model that was found, but not loaded.
+
+    Attributes:
+        name: the Hub id, or the name of the folder.
+        source, revision: what transformers loads it from.
+        folder: with its files on this machine.
+        config: its configuration.
+        trust_remote_code: whether code that comes with it may run.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    folder: Path
+    config: Any
+    trust_remote_code: bool
+
+    @property
+    def compresses(self) -> bool:
+        """Whether it reads prompts in two stages."""
+        return self.config.model_type in FAMILIES
+
+    @property
+    def of_this_package(self) -> bool:
+        """Whether `generate` knows this package's arguments."""
+        return self.config.model_type in ALL_FAMILIES
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that it has positions for; None for models that count none, such as Mamba."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def identity(self) -> dict[str, str]:
+        """What a run knows it by again: the commit on the Hub, or a digest of configuration and weights."""
+        if self.folder.parent.name == "snapshots":
+            return {"id": self.name, "revision": self.folder.name}
+        names = ["config.json", "generation_config.json", *(["*.py"] if self.trust_remote_code else []), *_WEIGHTS]
+        return {"sha256": digest_of_files(path for name in names for path in sorted(self.folder.glob(name)))}
+
+
+def find_checkpoint(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+    """Finds a model, in a folder or on the Hub, without loading its weights.
+
+    Raises:
+        CheckpointError: there is none, it is not whole, or it is of a kind that transformers does not know.
+    """
+    folder = locate(model, revision)
+    is_local = Path(model).expanduser().is_dir()
+    # Code is not among the files that `locate` gets: transformers gets it itself.
+    source = str(folder) if is_local or not trust_remote_code else model
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{model} has no config.json: it is no checkpoint of a model. Give the folder that holds one.")
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises whatever the file's content leads to
+        advice = "" if trust_remote_code else " If it brings code of its own that you trust, add --trust-remote-code."
+        raise CheckpointError(f"The configuration of {model} cannot be read: {first_line(error)}.{advice}") from error
+    if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
+        check_safetensors(folder)
+    name = folder.resolve().name if is_local else model
+    return Checkpoint(name, source, revision, folder, config, trust_remote_code)
+
+
+def load_causal_model(checkpoint: Checkpoint, device: str, dtype: str) -> PreTrainedModel:
+    """The model, ready for inference.
+
+    Args:
+        device: of `checked_device`.
+        dtype: of `resolved_dtype`.
+
+    Raises:
+        CheckpointError: weights that are damaged or do not belong to the configuration; no causal language model.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.source,
+            revision=checkpoint.revision,
+            dtype=dtype,
+            trust_remote_code=checkpoint.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.name} cannot be loaded: {first_line(error)}.") from error
+    missing = info["missing_keys"]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.name} lacks {len(missing)} of the model's tensors, e.g. {min(missing)}. Get its files again, or "
+            "give a checkpoint of a language model."
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(checkpoint: Checkpoint, tokenizer: str | None = None) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer of a checkpoint, or of another folder or Hub id, and a digest of its files.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be loaded.
+    """
+    trust = checkpoint.trust_remote_code
+    folder = checkpoint.folder if tokenizer is None else locate(tokenizer)
+    if not has_tokenizer(folder) and not trust:
+        raise CheckpointError(
+            f"{tokenizer or checkpoint.name} has no tokenizer. Give the one that the model was trained with: "
+            "--tokenizer FOLDER_OR_ID."
+        )
+    source, revision = (checkpoint.source, checkpoint.revision) if tokenizer is None else (str(folder), None)
+    try:
+        loaded = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        raise CheckpointError(
+            f"The tokenizer of {tokenizer or checkpoint.name} cannot be loaded: {first_line(error)}. Get its files again, "
+            "or give another: --tokenizer FOLDER_OR_ID."
+        ) from error
+    return loaded, digest_of_files(path for name in TOKENIZER_FILES for path in folder.glob(name))
+
+
+def resolved_dtype(checkpoint: Checkpoint, device: str, dtype: str) -> str:
+    """What `auto` means: the checkpoint's own, but float32 on the CPU, where half precision is slow."""
+    if dtype != "auto":
+        return dtype
+    stored = getattr(checkpoint.config, "dtype", None)
+    if torch.device(device).type == "cpu" or stored is None:
+        return "float32"
+    return str(stored).removeprefix("torch.")
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """SHA-256 over names and contents of files."""
+    parts = "".join(f"{path.name} {digest_of_file(path)}\n" for path in paths)
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256, as sha256sum prints it."""
+    hashed = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            hashed.update(part)
+    return hashed.hexdigest()
