@@ -23,14 +23,17 @@ def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def with_shift(dt: torch.Tensor, shift: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """Step sizes dt [B, L, E], in float32 at least, with a shift (where [n], added [E]): of some tokens, different flat
-    positions among the B L, what is added to them; None: of none."""
+def with_shift(dt: torch.Tensor, shift: tuple[torch.Tensor, torch.Tensor] | None, rounded: bool = False) -> torch.Tensor:
+    """Step sizes dt [B, L, E] with a shift (where [n], added [E]): of some tokens, different flat positions among the B L,
+    what is added to them; None: of none. The sums are in float32 at least, as is the result unless it is `rounded` to dt's
+    dtype."""
     if shift is None:
         return dt
     where, added = shift
-    dt = at_least_float32(dt)
-    return dt.flatten(0, 1).index_add(0, where, added.to(dt.dtype).expand(len(where), -1)).view_as(dt)
+    dt = dt if rounded else at_least_float32(dt)
+    flat = dt.flatten(0, 1)
+    shifted = at_least_float32(flat[where]) + added
+    return flat.index_copy(0, where, shifted.to(dt.dtype)).view_as(dt)
 
 
 def sent(values: Any, device: torch.device) -> torch.Tensor:

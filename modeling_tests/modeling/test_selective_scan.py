@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from modeling_tests.modeling.tiny_models import assert_close, rms_ratio, tiny_model
 from remamba_hf.modeling import selective_scan as module
 from remamba_hf.modeling.optional_kernels import without_kernels
+from remamba_hf.modeling.precision import with_shift
 from remamba_hf.modeling.selective_scan import (
     linear_by_length,
     selective_scan,
@@ -306,6 +307,34 @@ def test_raw_steps(state, lengths):
     expected = values_and_gradients(with_raw_steps(selective_scan_naive, lengths), arguments, names=RAW_NAMES)
     actual = values_and_gradients(with_raw_steps(selective_scan, lengths), arguments, names=RAW_NAMES)
     assert_results(actual, expected, 1e-10)
+
+
+@pytest.mark.parametrize("scan", [selective_scan_naive, selective_scan])
+def test_steps_of_some_tokens_are_shifted(scan):
+    """As if their dt had been another, in values and gradients, that of the shift included."""
+    arguments = [*raw_inputs(3, 37, 5, 4), torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)]
+    where = torch.tensor([0, 5, 36, 37, 80, 110])
+    there = torch.zeros(3 * 37, 1, dtype=torch.float64).index_fill_(0, where, 1.0).view(3, 37, 1)
+
+    def shifted(*arguments):
+        return with_raw_steps(scan, shift=(where, arguments[9]))(*arguments[:9])
+
+    def moved(x, dt, *others):
+        return with_raw_steps(selective_scan_naive)(x, dt + there * others[7], *others[:7])
+
+    names = (*RAW_NAMES, "shift")
+    expected = values_and_gradients(moved, arguments, names=names)
+    assert_results(values_and_gradients(shifted, arguments, names=names), expected, 1e-10)
+
+
+def test_a_shift_is_added_in_float32_whatever_the_result_has():
+    dt, added = torch.randn(2, 7, 5).bfloat16(), torch.randn(5)
+    where = torch.tensor([1, 6, 7, 13])
+    wide, narrow = with_shift(dt, (where, added)), with_shift(dt, (where, added), rounded=True)
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(narrow, wide.bfloat16())
+    assert torch.equal(wide.flatten(0, 1)[where], dt.float().flatten(0, 1)[where] + added)
+    assert with_shift(dt, None) is dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -94,14 +94,14 @@ def selective_scan(
         result = _scan_triton(x, dt, A.float(), B, C, D, z, initial_state, dt_bias, softplus, lengths, shift)
         if result is not None:
             return result[0], result[1] if return_final_state else None
-    dt = with_shift(dt, shift)
     kernel = usable_kernel("selective_scan", *tensors)
     if kernel is not None and x.dtype != torch.float64 and A.shape[-1] <= 256 and x.shape[1] > 0:
         if _takes_raw_steps(x, A, initial_state, return_final_state and needs_gradient):
+            dt = with_shift(dt, shift, rounded=dt.dtype == x.dtype)
             return _scan_cuda(kernel, x, dt, A, B, C, D, z, None, return_final_state, dt_bias, softplus, lengths)
-        dt = _step_size(dt, dt_bias, softplus, lengths)
+        dt = _step_size(with_shift(dt, shift), dt_bias, softplus, lengths)
         return _scan_cuda(kernel, x, dt, A, B, C, D, z, initial_state, return_final_state)
-    dt = _step_size(dt, dt_bias, softplus, lengths)
+    dt = _step_size(with_shift(dt, shift), dt_bias, softplus, lengths)
     dtype = state_dtype(x)
     if initial_state is None:
         initial_state = x.new_zeros(x.shape[0], *A.shape, dtype=dtype)
