@@ -47,6 +47,7 @@ def test_decoding_beside_transformers(tmp_path, family):
     assert (decoding["prompt"], decoding["n"], decoding["repeats"]) == (5, 3, 2)
     assert [entry["rows"] for entry in decoding["rows"]] == [1, 3]
     for entry in decoding["rows"]:
+        assert 0 < entry["rounding_of_float32"] < 1e-5
         for name in RUNS:
             assert entry[name]["fastest_ms"] <= entry[name]["median_ms"] <= entry[name]["slowest_ms"]
             assert ("compilation_s" in entry[name]) == name.endswith("compiled")
@@ -100,6 +101,14 @@ def test_rows_may_part_where_rounding_decides():
     assert cpu_prefill.agreement(expected, expected, 1)["same_tokens"]
 
 
+def test_twice_what_float32_rounds_is_allowed():
+    logits = torch.rand(1, 2, 7)
+    expected, actual = answer([[1, 2]], logits), answer([[1, 2]], logits + 1e-3)
+    cpu_prefill.agreement(expected, actual, 1, rounding=1e-3)
+    with pytest.raises(RuntimeError, match="logits that differ by"):
+        cpu_prefill.agreement(expected, actual, 1, rounding=4e-4)
+
+
 @pytest.mark.parametrize("wrong", [0.01, float("nan")])
 @pytest.mark.parametrize("step", [0, 1], ids=["before", "at the first difference"])
 def test_rows_may_not_part_for_other_reasons(wrong, step):
@@ -127,6 +136,7 @@ class TimedModel:
 
 
 def test_the_prompt_and_the_compilation_cancel_out(monkeypatch):
+    monkeypatch.setattr(cpu_prefill, "rounding_of_float32", lambda *answer: 0.0)
     clock = [0.0]
     monkeypatch.setattr(cpu_prefill.time, "perf_counter", lambda: clock[0])
     entry = cpu_prefill.decoding(TimedModel(clock, 0.25), TimedModel(clock, 0.5), 2, 4, 6, 3, "eager")
