@@ -439,6 +439,17 @@ def test_every_setting_of_the_memory_can_be_given(capsys):
     assert not missing
 
 
+def test_card_without_results(memmamba, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["card", str(memmamba)])
+    assert main(["card", str(memmamba), "--results", str(memmamba / "config.json")]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert "remamba card: " in err
+    assert "config.json holds no results for a card" in err
+    assert not (memmamba / "README.md").exists()
+
+
 def test_doctor_without_kernels(capsys, monkeypatch):
     monkeypatch.setattr(optional_kernels, "load_kernel", lambda name: (None, "OSError: undefined symbol\n  xyz"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `remamba` command: doctor, convert, generate, eval."""
+"""The `remamba` command: doctor, convert, generate, eval, card."""
 
 import argparse
 import importlib.metadata
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands.add_parser("convert", help="make a ReMamba or MemMamba checkpoint from a Mamba checkpoint"))
     _add_generate(commands.add_parser("generate", help="read a long document and answer a question about it"))
     _add_eval(commands.add_parser("eval", help="measure a model on a benchmark"))
+    _add_card(commands.add_parser("card", help="write results of eval into a model's card"))
     return parser
 
 
@@ -150,6 +151,26 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", metavar="TASK", choices=tuple(COMMANDS), help="what to measure")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.set_defaults(run=_eval)
+
+
+def _add_card(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes results into FOLDER/README.md as the Hub reads them: the front matter's model-index, .eval_results/ for "
+        "what was measured on a dataset of the Hub, and tables in the text. Give all files at once: results that an earlier "
+        "run wrote are replaced. All else in the card stays as it is."
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the checkpoint; a missing card is made")
+    parser.add_argument(
+        "--results", nargs="+", required=True, type=Path, metavar="FILE", help="JSON files that remamba eval wrote"
+    )
+    parser.add_argument(
+        "--books-dataset",
+        metavar="ID",
+        help="the Hub's dataset that the books of passkey, documents, perplexity, recall and fidelity are of, such as "
+        "deepmind/pg19; without it these have no entry in .eval_results/",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would change, and change nothing")
+    parser.set_defaults(run=_card)
 
 
 def _given_settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -290,6 +311,26 @@ def _eval(options: argparse.Namespace) -> int:
     if not options.debug:
         logging.disable_progress_bar()  # of loading weights
     COMMANDS[options.task].run(options.arguments, f"remamba eval {options.task}")
+    return 0
+
+
+def _card(options: argparse.Namespace) -> int:
+    from .evaluation.card import plan_update
+
+    if not options.debug:
+        logging.disable_progress_bar()  # of loading weights
+    update = plan_update(options.folder, options.results, options.books_dataset)
+    for note in update.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if options.dry_run:
+        print("".join(change.diff(options.folder) for change in update.changes), end="")
+    else:
+        update.apply()
+    done = "would be changed" if options.dry_run else "changed"
+    files = ", ".join(change.path.relative_to(options.folder).as_posix() for change in update.changes)
+    print(
+        f"{options.folder}: {update.scores} numbers; {f'{done}: {files}' if files else 'all there already'}", file=sys.stderr
+    )
     return 0
 
 

@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`remamba card`: what results make of a card, what they leave alone, and which are refused.
+
+The results are those of real evaluations of tiny models; where numbers matter they are set by hand.
+"""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from transformers import AutoModelForCausalLM
+
+from modeling_tests.modeling.tiny_models import tiny_model
+from remamba_hf.checkpoint_files import CheckpointError
+from remamba_hf.cli import main
+from remamba_hf.evaluation import fidelity, memory, recall
+from remamba_hf.evaluation.card import BEGIN, END, plan_update
+from remamba_hf.evaluation.longbench import BUCKETS
+
+CARD = """---
+license: apache-2.0   # a comment
+tags:
+  - mamba
+model-index:
+- name: named-by-hand
+  results:
+  - task: {type: text-generation}
+    dataset: {type: wikitext, name: WikiText, args: {stride: 512}}
+    metrics: [{type: perplexity, value: 12.5, verified: true}]
+    source: {url: "https://example.org", name: Theirs}
+  - task: {type: text-generation}
+    dataset: {type: wikitext, name: WikiText, args: {stride: 1024}}
+    metrics: [{type: perplexity, value: 13.25}]
+
+# about what follows
+language: en
+---
+
+# A model
+
+Text  with two  spaces, ä, and no line end: <b>1</b>"""
+
+
+@pytest.fixture(scope="module")
+def remamba_folder(prepared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("remamba") / "tiny-remamba"
+    tiny_model(torch.float32, vocab_size=300).save_pretrained(folder)
+    prepared[0].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(books, memmamba_folder, plain_folder, remamba_folder, tmp_path_factory):
+    """Results of every kind: of the ReMamba recall and leval, of the MemMamba the others."""
+    folder = tmp_path_factory.mktemp("results")
+    common = ["--books", str(books), "--device", "cpu"]
+    both = ["--model", str(memmamba_folder), "--plain-model", str(plain_folder), *common]
+    parts = [
+        "--parts",
+        "passkey",
+        "documents",
+        "perplexity",
+        "--perplexity-lengths",
+        "128",
+        "256",
+        "--reference-length",
+        "128",
+    ]
+    counts = ["--lengths", "512", "1024", "--samples", "4", "--document-counts", "3", "--windows", "2", "--counted", "8"]
+    memory.main([*both, *parts, *counts, "--output", str(folder / "memory.json")])
+    fidelity.main(
+        [*both, "--length", "64", "--passages", "2", "--gaps", "1", "3", "--output", str(folder / "fidelity.json")]
+    )
+    own = ["--model", str(remamba_folder), "--lengths", "256", "384", "--samples", "3", "--perplexity-tokens", "16"]
+    recall.main([*own, *common, "--output", str(folder / "recall.json")])
+    data = folder / "data"
+    data.mkdir()
+    line = {"input": "def f(): return 1\n" * 8, "instructions": ["What is f()?"] * 2, "outputs": ["1", "2"]}
+    (data / "codeU.jsonl").write_text(json.dumps(line))
+    leval = ["eval", "leval", "--model", str(remamba_folder), "--data", str(data), "--tasks", "codeU", "--device", "cpu"]
+    assert main([*leval, "--max-length", "60", "--output", str(folder / "leval.json")]) == 0
+    assert main([*leval, "--max-length", "60", "--no-compress", "--output", str(folder / "plain.json")]) == 0
+    return {path.stem: path for path in folder.glob("*.json")}
+
+
+@pytest.fixture
+def memmamba(memmamba_folder, tmp_path):
+    return shutil.copytree(memmamba_folder, tmp_path / "memmamba")
+
+
+@pytest.fixture
+def remamba(remamba_folder, tmp_path):
+    return shutil.copytree(remamba_folder, tmp_path / "tiny-remamba")
+
+
+def changed(file, folder, change):
+    """A copy of results, changed."""
+    results = json.loads(file.read_text())
+    change(results)
+    copy = folder / f"changed-{file.name}"
+    copy.write_text(json.dumps(results))
+    return copy
+
+
+def card(folder, *results, more=()):
+    return main(["card", str(folder), "--results", *map(str, results), *more])
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def metrics(folder):
+    """Values of a card as huggingface_hub reads it, by dataset's and metric's names."""
+    results = ModelCard.load(folder / "README.md").data.eval_results
+    return {(one.dataset_name, one.metric_name): one for one in results}
+
+
+def test_every_number_of_a_model_is_in_its_card(memmamba, files, tmp_path):
+    def answer_three(results):
+        for cell in results["passkey"]:
+            for number, record in enumerate(cell["records"]):
+                record["right"] = cell["model"] == "model" and number < 3
+            right = 3 if cell["model"] == "model" else 0
+            cell.update(right=right, accuracy=right / 4)
+        for cell in results["perplexity"]:
+            cell["perplexity"] = 58.923269 + cell["length"] if cell["length"] < 200 else None
+
+    memory_file = changed(files["memory"], tmp_path, answer_three)
+    assert card(memmamba, memory_file, files["fidelity"]) == 0
+    found = metrics(memmamba)
+    one = "numbers planted in books, one person's number"
+    key = one, "exact match, %, 512 tokens"
+    assert found[key].metric_value == found[one, "exact match, %, 1024 tokens"].metric_value == 75.0
+    assert (found[key].dataset_type, found[key].metric_type) == ("passkey", "exact_match")
+    assert {"samples": 4, "length": 512, "remamba_hf": "0.1.0"}.items() <= found[key].metric_args.items()
+    assert {"keys": 1, "seed": 1000000, "dtype": "float32", "books": 2, "device": "cpu"}.items() <= found[
+        key
+    ].dataset_args.items()
+    perplexities = {name: each.metric_value for (_, name), each in found.items() if name.startswith("perplexity")}
+    assert perplexities == {"perplexity, 128 tokens": 186.9233}
+    results = json.loads(files["fidelity"].read_text())["models"]["model"]
+    value = found["ECLMF on books", "ECLMF, held-out R^2, gap 1"].metric_value
+    assert value == round(results["eclmf"]["1"]["held_out_r2"]["mean"], 4)
+    assert ("ECLMF on books", "ECLMF, paper, gap 3") not in found
+    text = ModelCard.load(memmamba / "README.md").text
+    assert (
+        "| passkey, exact match, %, by tokens | 512 | 1k |\n|---|---|---|\n| one person's number | 75 (30-95) | 75 (30-95) |"
+        in text
+    )
+    assert "tokens of windows of books | 186.92 | INF |" in text
+    assert not (memmamba / ".eval_results").exists()
+
+
+def test_a_card_is_made_of_the_configuration_alone(remamba, files):
+    assert card(remamba, files["recall"], files["leval"]) == 0
+    made = ModelCard.load(remamba / "README.md")
+    data = made.data.to_dict()
+    names, found = model_index_to_eval_results(data.pop("model-index"))
+    assert data == {"library_name": "transformers", "tags": ["remamba", "custom_code"]}
+    assert names == "tiny-remamba"
+    assert {one.dataset_name for one in found} >= {"L-Eval, codeU", "a number planted in books, compression on"}
+    assert re.fullmatch(rf"\n{BEGIN}\n.*{END}\n", made.text, re.DOTALL)
+    config = json.loads((remamba / "config.json").read_text())
+    (remamba / "config.json").write_text(json.dumps({**config, "license": "mit"}))
+    (remamba / "README.md").unlink()
+    assert card(remamba, files["recall"]) == 0
+    assert ModelCard.load(remamba / "README.md").data.license == "mit"
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_all_else_stays_and_a_second_run_changes_nothing(memmamba, files, capsys, newline, mark):
+    old = (mark + CARD.replace("\n", newline)).encode()
+    readme = memmamba / "README.md"
+    readme.write_bytes(old)
+    assert card(memmamba, files["memory"]) == 0
+    new = readme.read_bytes()
+    start, end = (old.index(word) for word in (b"model-index", b"# about"))
+    assert new.startswith(old[:start])
+    after = old[end:]
+    assert new[new.index(b"# about") :].startswith(after)
+    tail = new[new.index(b"# about") + len(after) :].decode()
+    assert re.fullmatch(rf"({newline}){{2}}{BEGIN}.*{END}{newline}", tail, re.DOTALL)
+    assert newline == "\n" or b"\n" not in new.replace(b"\r\n", b"")
+
+    before = yaml.safe_load(CARD.split("---")[1])["model-index"][0]
+    index = yaml.safe_load(new.decode().removeprefix(mark).split("---")[1])["model-index"]
+    assert index[0]["name"] == "named-by-hand"
+    assert index[0]["results"][:2] == before["results"]
+    assert len(index[0]["results"]) == 5
+
+    there = contents(memmamba)
+    capsys.readouterr()
+    assert card(memmamba, files["memory"]) == 0
+    assert contents(memmamba) == there
+    assert "all there already" in capsys.readouterr().err
+
+
+def test_a_run_replaces_what_an_earlier_one_wrote(memmamba, files):
+    readme = memmamba / "README.md"
+    readme.write_text(CARD)
+    assert card(memmamba, files["fidelity"]) == 0
+    alone = readme.read_bytes()
+    assert card(memmamba, files["memory"], files["fidelity"]) == 0
+    assert len(metrics(memmamba)) > len(
+        model_index_to_eval_results(yaml.safe_load(alone.split(b"---")[1])["model-index"])[1]
+    )
+    readme.write_bytes(readme.read_bytes() + b"Written later.")
+    assert card(memmamba, files["fidelity"]) == 0
+    assert readme.read_bytes() == alone + b"Written later."
+
+
+def test_numbers_survive_a_round_trip_through_the_hub_s_library(remamba, files, tmp_path):
+    """Entries of the same dataset are put together there, and get the settings of the first."""
+    assert card(remamba, files["recall"], files["leval"], files["plain"]) == 0
+    first = ModelCard.load(remamba / "README.md")
+    first.save(tmp_path / "saved.md")
+    assert ModelCard.load(tmp_path / "saved.md").data.eval_results == first.data.eval_results
+    read = {one.metric_name: one for one in first.data.eval_results if one.dataset_config == "codeU"}
+    assert list(read) == ["exact match, %, compression on", "exact match, %, compression off"]
+    settings = [one.metric_args["compression"] for one in read.values()]
+    assert settings == ["on", "off"]
+
+
+def test_results_of_the_hub_s_datasets_go_into_its_folder(remamba, files, tmp_path):
+    dated = changed(files["leval"], tmp_path, lambda results: results.update(date="2026-01-31"))
+    place = remamba / ".eval_results"
+    place.mkdir()
+    (place / "theirs.yaml").write_text("- dataset: {id: a/b, task_id: c}\n  value: 1\n")
+    assert card(remamba, dated, files["recall"]) == 0
+    assert {path.name for path in place.iterdir()} == {"theirs.yaml", "remamba-leval.yaml"}
+    entries = parse_eval_result_entries(yaml.safe_load((place / "remamba-leval.yaml").read_text()))
+    assert [(one.dataset_id, one.task_id, one.date) for one in entries] == [
+        ("L4NLP/LEval", "codeU", "2026-01-31"),
+        ("L4NLP/LEval", "closed_ended", "2026-01-31"),
+    ]
+    average = json.loads(dated.read_text())["summary"]["average"]
+    assert [one.value for one in entries] == [average, average]
+    assert "samples 2" in entries[0].notes
+    assert "max_length 60" in entries[0].notes
+    assert card(remamba, files["recall"], more=["--books-dataset", "deepmind/pg19"]) == 0
+    assert {path.name for path in place.iterdir()} == {"theirs.yaml", "remamba-recall.yaml"}
+    entries = parse_eval_result_entries(yaml.safe_load((place / "remamba-recall.yaml").read_text()))
+    assert {one.dataset_id for one in entries} == {"deepmind/pg19"}
+    assert len({one.task_id for one in entries}) == len(entries) == 6
+    assert {one.dataset_type for one in metrics(remamba).values()} == {"deepmind/pg19"}
+    (place / "remamba-leval.yaml").write_text("# mine\n")
+    there = contents(remamba)
+    with pytest.raises(ValueError, match="not written by this command"):
+        plan_update(remamba, [files["leval"]])
+    assert contents(remamba) == there
+
+
+def test_longbench_has_tasks_buckets_and_averages(remamba, files, tmp_path):
+    def one_task(score):
+        scores = dict(zip(BUCKETS, (score, score + 3, None), strict=True))
+        return {"average": score + 1.5, "buckets": scores, "samples": dict.fromkeys(BUCKETS, 2)}
+
+    def become_longbench(results):
+        results["settings"]["task"] = "longbench_e"
+        tasks = {"qasper": one_task(20.0), "trec": one_task(30.0)}
+        results["summary"] = {"tasks": tasks, "average": 26.5, "buckets": {"0-4k": 25.0, "4-8k": 28.0, "8k+": None}}
+        results["data"] = {"qasper_e.jsonl": "", "trec_e.jsonl": ""}
+
+    file = changed(files["leval"], tmp_path, become_longbench)
+    assert card(remamba, file) == 0
+    found = {(one.dataset_config, one.metric_name): one.metric_value for one in metrics(remamba).values()}
+    on = ", compression on"
+    assert found == {
+        ("qasper_e", f"score, average{on}"): 21.5,
+        ("trec_e", f"score, average{on}"): 31.5,
+        ("longbench_e", f"score, average{on}"): 26.5,
+        ("longbench_e", f"score, 0-4k{on}"): 25.0,
+        ("longbench_e", f"score, 4-8k{on}"): 28.0,
+    }
+    text = (remamba / "README.md").read_text()
+    assert f"| LongBench-E, score by words{on} | 0-4k | 4-8k | average |" in text
+    assert "| trec | 30.00 | 33.00 | 31.50 |" in text
+    entries = yaml.safe_load((remamba / ".eval_results" / "remamba-longbench_e.yaml").read_text())
+    assert [entry["dataset"]["task_id"] for entry in entries[:2]] == ["qasper_e", "trec_e"]
+    # The original LongBench, of other lengths, does not go by that name.
+    plain = changed(file, tmp_path, lambda results: results.update(data={"qasper.jsonl": "", "trec_e.jsonl": ""}))
+    assert card(remamba, plain) == 0
+    assert "LongBench-E" not in (remamba / "README.md").read_text()
+
+
+def test_dry_run_shows_and_writes_nothing(remamba, files, capsys):
+    (remamba / "README.md").write_text("A card without front matter.\n")
+    there = contents(remamba)
+    assert card(remamba, files["leval"], files["recall"], more=["--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert contents(remamba) == there
+    for line in ("--- README.md", "+model-index:", "+++ .eval_results/remamba-leval.yaml", f"+{BEGIN}"):
+        assert f"{line}\n" in out
+    assert "note: recall.json has no digest of its model" in err
+    assert "leval.json has no digest" not in err
+    assert "would be changed: .eval_results/remamba-leval.yaml, README.md" in err
+    assert card(remamba, files["leval"], files["recall"]) == 0
+    assert "\n---\n\nA card without front matter.\n" in (remamba / "README.md").read_text()
+
+
+def other_weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.backbone.layers[0].norm.weight.add_(1)
+    model.save_pretrained(folder)
+
+
+def other_setting(name, value):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, name: value}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "change", "message"),
+    [
+        (
+            "memmamba",
+            "memory",
+            other_weights,
+            r"of another model, by the SHA-256 of weights: MemMamba \(memmamba, float32\)",
+        ),
+        ("remamba", "leval", other_weights, r"of another model, whose configuration and weights have SHA-256 \w{64}"),
+        ("remamba", "leval", lambda folder: (folder / "tokenizer_config.json").write_text("{}"), "read with a tokenizer of"),
+        ("remamba", "recall", other_setting("compression_span", 0.77), "compression_span 0.77"),
+        ("remamba", "memory", None, "of another model"),
+        ("memmamba", "recall", None, "with model_type remamba, .*: this is .* model_type memmamba"),
+        ("remamba", "fidelity", None, "memmamba of 3 layers; mamba of 2 layers"),
+    ],
+)
+def test_results_of_another_model_are_refused(request, files, kind, name, change, message):
+    folder = request.getfixturevalue(kind)
+    if change is not None:
+        change(folder)
+    there = contents(folder)
+    with pytest.raises(ValueError, match=message):
+        plan_update(folder, [files[name]])
+    assert contents(folder) == there
+
+
+def test_results_of_a_commit_are_of_its_download_alone(remamba, files, tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    file = changed(
+        files["leval"], tmp_path, lambda results: results["settings"].update(model={"id": "a/b", "revision": commit})
+    )
+    with pytest.raises(ValueError, match="no download of a commit"):
+        plan_update(remamba, [file])
+    snapshot = shutil.copytree(remamba, tmp_path / "snapshots" / commit)
+    assert plan_update(snapshot, [file]).scores == 2
+    notes = remamba / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    for path in (remamba / "config.json", remamba / "model.safetensors"):
+        (notes / f"{path.name}.metadata").write_text(f"{commit}\netag\n{path.stat().st_mtime}\n")
+    assert plan_update(remamba, [file]).scores == 2
+    (notes / "config.json.metadata").write_text(f"{commit}\netag\n1.0\n")  # changed after it was downloaded
+    with pytest.raises(ValueError, match="changed since"):
+        plan_update(remamba, [file])
+
+
+def break_cell(results):
+    results["passkey"][0]["right"] += 1
+
+
+def break_answers(results):
+    results["passkey"][0]["records"][0]["right"] ^= True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (break_cell, "are not an accuracy"),
+        (break_answers, "do not add up"),
+        (lambda results: results["passkey"][0].pop("samples"), "KeyError: 'samples'"),
+        (lambda results: results["perplexity"][0].update(perplexity="5"), "'5' stands where a number should"),
+        (lambda results: results.pop("environment"), "KeyError: 'environment'"),
+        (lambda results: results.update(passkey=[], documents=[], perplexity=[]), "no number for a card yet"),
+        (lambda results: results.pop("settings"), "holds no results for a card"),
+    ],
+)
+def test_damaged_results_are_refused(memmamba, files, tmp_path, change, message):
+    file = changed(files["memory"], tmp_path, change)
+    with pytest.raises(ValueError, match=message) as error:
+        plan_update(memmamba, [files["fidelity"], file])
+    assert file.name in str(error.value)
+
+
+def test_other_files_and_folders_are_refused(memmamba, files, tmp_path, capsys):
+    for content in ("{", "[]", "{}", '{"settings": {"task": "other"}, "summary": {}}'):
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(ValueError, match=r"other\.json.*remamba eval"):
+            plan_update(memmamba, [tmp_path / "other.json"])
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        plan_update(tmp_path, [files["memory"]])
+    with pytest.raises(ValueError, match="owner/name"):
+        plan_update(memmamba, [files["memory"]], "pg19")
+    assert card(memmamba, tmp_path / "missing.json") == 1
+    assert "missing.json" in capsys.readouterr().err
+
+
+def test_files_of_one_table_stand_in_the_order_of_lengths(memmamba, files, tmp_path):
+    def keep(length):
+        def change(results):
+            results["passkey"] = [cell for cell in results["passkey"] if cell["length"] == length]
+
+        folder = tmp_path / str(length)
+        folder.mkdir()
+        return changed(files["memory"], folder, change)
+
+    assert card(memmamba, keep(1024), keep(512)) == 0
+    assert "| passkey, exact match, %, by tokens | 512 | 1k |" in (memmamba / "README.md").read_text()
+
+
+def test_files_that_contradict_each_other_are_refused(memmamba, files, tmp_path):
+    twice = plan_update(memmamba, [files["memory"], files["memory"]])
+    assert twice.scores == plan_update(memmamba, [files["memory"]]).scores
+
+    def another(results):
+        results["perplexity"][0]["perplexity"] *= 1.5
+
+    with pytest.raises(ValueError, match=r"both have perplexity.*give one of them"):
+        plan_update(memmamba, [files["memory"], changed(files["memory"], tmp_path, another)])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"# A\n{BEGIN}\n", "once each, in this order"),
+        (f"# A\n{END}\n{BEGIN}\n", "once each, in this order"),
+        (f"{BEGIN}{END}{BEGIN}{END}", "once each, in this order"),
+        ("---\nlicense: [\n---\n", "is not YAML"),
+        ("---\n- a\n---\n", "no mapping"),
+        ("---\n{license: mit}\n---\n", "stands in braces"),
+        ("---\nmodel-index: 5\n---\n", "not as the Hub reads it"),
+        ("---\nmodel-index: &here [{name: a, results: []}]\nother: *here\n---\n", "refers to it"),
+        ("---\nmodel-index: []\nmodel-index: [{name: a, results: []}]\n---\n", "twice"),
+        ("---\nmodel-index: [{name: a, results: [{}]}]\n---\n", "not as the Hub reads it"),
+        (b"\xff\xfe", "not a text file in UTF-8"),
+    ],
+)
+def test_broken_cards_stay_as_they_are(memmamba, files, content, message):
+    (memmamba / "README.md").write_bytes(content if isinstance(content, bytes) else content.encode())
+    there = contents(memmamba)
+    with pytest.raises(ValueError, match=message):
+        plan_update(memmamba, [files["fidelity"]]).apply()
+    assert contents(memmamba) == there
+
+
+def test_text_between_markers_is_replaced_where_it_stands(memmamba, files):
+    (memmamba / "README.md").write_text(f"# A\n{BEGIN}\nold\n{END} behind\n\n## B\n")
+    assert card(memmamba, files["fidelity"]) == 0
+    text = (memmamba / "README.md").read_text().split("---\n", 2)[2]
+    assert re.fullmatch(rf"\n# A\n{BEGIN}\n\| ETMF.*{END} behind\n\n## B\n", text, re.DOTALL)
+    assert "old" not in text
