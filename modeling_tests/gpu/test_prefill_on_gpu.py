@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a GPU's prefill does: residual sums inside the mixers' last product, two passes without waiting in between."""
+"""What only a GPU's prefill does: residual sums inside the mixers' last product, two passes without waiting in between, the
+convolution's own kernel."""
 
 import copy
 import warnings
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from modeling_tests.gpu.measured_errors import note, rms_ratio
+from modeling_tests.modeling.test_convolution_kernels import check_convolve
 from modeling_tests.modeling.tiny_models import VOCABULARY, tiny_memmamba, tiny_model
 from remamba_hf.modeling import recurrent_model
 from remamba_hf.modeling.recurrent_passes import PackedRows
@@ -123,3 +125,18 @@ def test_two_passes_wait_for_the_device_once():
             torch.cuda.set_sync_debug_mode("default")
     waits = [f"{warning.filename}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)]
     assert len(waits) == 1, waits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (3, 31, 130, 2), (2, 333, 257, 3), (1, 700, 5120, 4), (9, 65, 24, 9)], ids=str
+)
+def test_the_convolutions_kernel(sizes, dtype):
+    rows, length = sizes[:2]
+
+    def compare(name, *others):
+        note(f"own {name}, {dtype}", *others)
+
+    check_convolve(CUDA, dtype, sizes, compare=compare)
+    lengths = tuple((length - row * 7) % (length + 1) for row in range(rows))
+    check_convolve(CUDA, dtype, sizes, state=False, lengths=lengths, compare=compare)

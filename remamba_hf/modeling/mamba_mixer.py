@@ -93,7 +93,7 @@ class MambaMixer(RecurrentMixer):
         if conv_state is not None and ssm_state is not None and adaptation is None and self.decodes(hidden_states, lengths):
             return self.out_proj(self._step(x[:, 0], z[:, 0], conv_state, ssm_state).unsqueeze(1))
 
-        x, conv_state = self.convolve(x, conv_state, lengths)
+        x, conv_state = self.convolve(x, conv_state, lengths, cache_params is not None)
         step, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         dt, dt_bias = self._step_size(step, adaptation)
         y, ssm_state = selective_scan(
