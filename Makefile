@@ -85,7 +85,7 @@ $(DEMO_READY): pyproject.toml | $(VENV)/bin/python
 
 $(DEV_READY): pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python $(PIP_INSTALL) "$(TORCH)"
-	$(VENV)/bin/python $(PIP_INSTALL) --editable ".[dev]"
+	$(VENV)/bin/python $(PIP_INSTALL) --editable ".[dev,browser]"
 	$(VENV)/bin/python $(FETCH_MIXINS)
 	@touch $@ $(DEMO_READY)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `remamba` command: doctor, convert, generate, eval, card."""
+"""The `remamba` command: doctor, convert, generate, ui, eval, card."""
 
 import argparse
 import importlib.metadata
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nremamba: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if options.debug:
             raise
         print(f"remamba {options.command}: {error}", file=sys.stderr)
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     _add_convert(commands.add_parser("convert", help="make a ReMamba or MemMamba checkpoint from a Mamba checkpoint"))
     _add_generate(commands.add_parser("generate", help="read a long document and answer a question about it"))
+    _add_ui(commands.add_parser("ui", help="the same on a page in the browser"))
     _add_eval(commands.add_parser("eval", help="measure a model on a benchmark"))
     _add_card(commands.add_parser("card", help="write results of eval into a model's card"))
     return parser
@@ -139,6 +140,30 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture of what was kept or noted (png, pdf, svg)")
     parser.add_argument("--stream", action=argparse.BooleanOptionalAction, default=True, help="print the answer as it comes")
     parser.set_defaults(run=_generate)
+
+
+def _add_ui(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Serves a page on which a long document is asked, and what was kept or noted of it is marked."
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="folder or Hub id of a ReMamba, ReMamba-2 or MemMamba checkpoint"
+    )
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of MODEL on the Hub")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="0.0.0.0 lets other machines reach the page, and whoever does may ask (default: %(default)s, this one only)",
+    )
+    parser.add_argument("--port", type=positive, metavar="N", help="default: the first free one from 7860 on")
+    parser.add_argument(
+        "--prefill-chunk-length",
+        type=positive,
+        default=4096,
+        metavar="N",
+        help="tokens read at a time; a reading can be stopped between two chunks (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.set_defaults(run=_ui)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -302,6 +327,24 @@ def _generate(options: argparse.Namespace) -> int:
         print("\nwithout compression:", file=sys.stderr)
         plain = _read(options, model, tokenizer, document, compress_prompt=False)
         print(plain.report(), file=sys.stderr)
+    return 0
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from .ui import serve
+
+    if not options.debug:
+        logging.disable_progress_bar()  # of loading weights
+    serve(
+        options.model,
+        options.revision,
+        device=options.device,
+        dtype=options.dtype,
+        host=options.host,
+        port=options.port,
+        prefill_chunk_length=options.prefill_chunk_length,
+        ready=lambda address: print(f"{address}  (Ctrl+C ends it)", flush=True),
+    )
     return 0
 
 

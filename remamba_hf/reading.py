@@ -94,6 +94,12 @@ class Reading:
         """Tokens per second after the first; None if there was only one."""
         return (self.new_tokens - 1) / max(self.decode_seconds, 1e-9) if self.new_tokens > 1 else None
 
+    @property
+    def marked(self) -> tuple[list[int], list[float]]:
+        """The kept positions, ascending, and their scores; or those with notes, and the largest share of attention that a
+        layer gave each."""
+        return _most_read(self.notes) if self.notes else (self.positions, self.scores)
+
     def report(self) -> str:
         """A few lines for a person."""
         decode = "one token" if self.decode_rate is None else f"{self.decode_rate:,.1f} tokens/s"
