@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM
 
 from modeling_tests.modeling.tiny_models import tiny_memmamba
 from remamba_hf.training.book_tokens import prepare_books
@@ -45,6 +45,18 @@ def memmamba_folder(prepared, tmp_path_factory):
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def neox_folder(prepared, tmp_path_factory):
+    """An attention model of transformers, with the tokenizer, which has no room for more than 512 tokens."""
+    torch.manual_seed(5)
+    folder = tmp_path_factory.mktemp("neox") / "tiny-neox"
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = GPTNeoXConfig(**sizes, max_position_embeddings=512, initializer_range=0.4, bos_token_id=0, eos_token_id=0)
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    prepared[0].save_pretrained(folder)
     return folder
 
 

@@ -170,3 +170,33 @@ def test_command_compares_two_models(books, memmamba_folder, plain_folder, tmp_p
         fidelity.main([*common, "--length", "32"])
     with pytest.raises(ValueError, match="shorter --length"):
         fidelity.main([*common, "--length", "1000000"])
+
+
+def test_attention_model_is_measured_and_the_run_goes_on(books, memmamba_folder, neox_folder, tmp_path, monkeypatch):
+    output = tmp_path / "fidelity.json"
+    more = ("--length", "64", "--passages", "2", "--gaps", "1")
+    common = ["--model", str(neox_folder), "--books", str(books), "--output", str(output), "--device", "cpu", *more]
+    fidelity.main(common)
+    results = json.loads(output.read_text())
+    model = results["models"]["model"]
+    assert (model["model_type"], model["layers"], len(model["weights"])) == ("gpt_neox", 2, 64)
+    assert len(model["eclmf"]["1"]["paper"]["layers"]) == 1
+    assert results["date"].endswith("+00:00")
+    measured = []
+    measure = fidelity.measure
+    monkeypatch.setattr(fidelity, "measure", lambda model, *given: measured.append(model) or measure(model, *given))
+    fidelity.main([*common, "--plain-model", str(memmamba_folder)])
+    assert [type(model).__name__ for model in measured] == ["MemMambaForCausalLM"]
+    assert json.loads(output.read_text())["models"]["model"] == model
+    common[1] = str(memmamba_folder)
+    with pytest.raises(ValueError, match="another model"):
+        fidelity.main(common)
+    with pytest.raises(ValueError, match="512 positions"):
+        fidelity.main([*common[2:], "--model", str(neox_folder), "--length", "600"])
+
+
+def test_models_without_comparable_states_are_refused():
+    model = tiny_memmamba()
+    model.config.num_hidden_layers += 1
+    with pytest.raises(ValueError, match="hands out 4 hidden states"):
+        fidelity.measure(model, torch.zeros(1, 8, dtype=torch.long))

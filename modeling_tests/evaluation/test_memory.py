@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import MambaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPTNeoXForCausalLM, MambaForCausalLM
 
 from modeling_tests.modeling.tiny_models import tiny_memmamba, tiny_model
 from remamba_hf import MemMambaForCausalLM, ReMambaForCausalLM
 from remamba_hf.evaluation import memory, memory_report, memory_tasks
 from remamba_hf.evaluation.checkpoints import load_model, plain_reading
+from remamba_hf.training.book_tokens import train_book_tokenizer
 from remamba_hf.training.recall_data import RecallSampler
 
 
@@ -62,6 +64,13 @@ def test_answer_ends_at_the_end_of_text(prepared):
     ids = tokenizer(" 482")["input_ids"]
     assert memory_tasks._decoded(tokenizer, [*ids, tokenizer.eos_token_id, *ids]) == "482"
     assert memory_tasks._decoded(tokenizer, [*ids, *ids]) == "482 482"
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"), [("482", "482"), ("482.\nAnd", "482"), ("4821", "4821"), ("It is 482", ""), ("", "")]
+)
+def test_an_answer_is_the_number_that_it_begins_with(answer, number):
+    assert memory_tasks.number_of(answer) == number
 
 
 def test_records_tell_right_from_somebody_else_s_number(sampler, monkeypatch):
@@ -142,6 +151,148 @@ def test_losses_beyond_numbers_are_no_perplexity(loss):
     assert memory_tasks.perplexity_ratio(broken, fine) is None
 
 
+@pytest.mark.parametrize("length", [20, 48])
+def test_strided_windows_score_every_token_once_whatever_their_length(prepared, length):
+    """Against the definition, token by token in float64."""
+    _, tokens = prepared
+    model = tiny_memmamba(vocab_size=300)
+    book, longest, stride = np.asarray(tokens[:90]).astype(np.int64), 48, 9
+    ends = memory_tasks.strided_ends(len(book), longest, stride, windows=0)
+    assert ends == [48, 57, 66, 75, 84]
+    assert memory_tasks.strided_ends(len(book), longest, stride, windows=2) == ends[:2]
+    (losses,) = memory_tasks.window_losses(model, [book], [ends], length, stride, rows=2, chunk_length=7)
+    wanted, scored = [], []
+    for end in ends:
+        logs = model(torch.from_numpy(book[end - length : end])[None]).logits[0].log_softmax(-1)
+        places = range(end - stride, end)
+        scored += places
+        wanted.append(-sum(logs[place - (end - length) - 1, book[place]].item() for place in places) / stride)
+    assert scored == list(range(longest - stride, 84)), "the same tokens at every length, each once"
+    assert losses == pytest.approx(wanted, rel=1e-5)
+
+
+def test_command_with_a_stride(books, memmamba_folder, tmp_path, capsys):
+    output = tmp_path / "memory.json"
+    more = ["--lengths", "64", "128", "--reference-length", "64", "--stride", "400", "--device", "cpu"]
+    with pytest.raises(ValueError, match="shortest window"):
+        memory.main(
+            ["--model", str(memmamba_folder), "--data", str(books), "--output", str(output), *more], None, ["perplexity"]
+        )
+    more[more.index("400")] = "50"
+    memory.main(
+        ["--model", str(memmamba_folder), "--data", str(books), "--output", str(output), *more], None, ["perplexity"]
+    )
+    results = json.loads(output.read_text())
+    assert {name: results["settings"][name] for name in ("stride", "counted", "windows")} == {
+        "stride": 50,
+        "counted": 50,
+        "windows": 0,
+    }
+    (book, *_) = [
+        len(memory.encode_text(memory.read_book(path), memory_tokenizer(memmamba_folder))) for path in books.iterdir()
+    ]
+    windows = 2 * (1 + (book - 128) // 50)
+    assert [cell["windows"] for cell in results["perplexity"]] == [windows, windows]
+    assert "perplexity of all tokens, stride 50, by tokens of context | 64 | 128 |" in capsys.readouterr().out
+
+
+def memory_tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements of any tensor that an operator gives."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("family", ["memmamba", "remamba"])
+def test_memory_for_a_text_does_not_grow_with_it(family, prepared, sampler):
+    """But for its ids, which are an eighth of what any activation of a chunk takes."""
+    tokenizer, tokens = prepared
+    size = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    model = tiny_memmamba(torch.float32, **size) if family == "memmamba" else tiny_model(torch.float32, **size)
+    sampler = RecallSampler(memory_tasks.repeated(np.asarray(tokens), 8192), tokenizer, seed=1, digits=3)
+    found = []
+    for length in (2048, 8192):
+        with LargestTensor() as mode:
+            memory_tasks.ask(model, tokenizer, [sampler.text(1, length)], chunk_length=512)
+        found.append(mode.largest)
+    assert found[0] == found[1] > 8192
+
+
+def test_texts_longer_than_the_books_repeat_them(books, memmamba_folder, tmp_path, monkeypatch, capsys):
+    asked = {}
+
+    def fake_answers(model, tokenizer, texts, chunk_length):
+        asked.update({len(text.prompt_ids()): text for text in texts})
+        return [[text.asked[0].number] for text in texts]
+
+    monkeypatch.setattr(memory_tasks, "ask", fake_answers)
+    output = tmp_path / "memory.json"
+    where = ["--model", str(memmamba_folder), "--data", str(books), "--output", str(output), "--device", "cpu"]
+    memory.main([*where, "--length", "300", str(1 << 20), "--samples", "1", "--digits", "3"], None, ["passkey"])
+    results = json.loads(output.read_text())
+    near, far = results["passkey"]
+    assert (near["accuracy"], far["accuracy"], far["length"]) == (1.0, 1.0, 1 << 20)
+    assert "books_repeated" not in near
+    whole = results["description"]["tokens"]
+    assert far["books_repeated"] == round((1 << 20) / whole, 2)
+    text = asked[1 << 20].text_ids
+    start, end = asked[1 << 20].asked[0].evidence
+    before = text[: start - 20]  # the fact's own words come before its name
+    assert (before[whole : 2 * whole] == before[:whole]).all()
+    assert (text[end + 20 : end + 20 + whole] == text[end + 20 + whole : end + 20 + 2 * whole]).all()
+    assert f"repeat these: 1024k {far['books_repeated']} times" in capsys.readouterr().out
+
+
+def test_attention_model_as_a_baseline(books, memmamba_folder, neox_folder, tmp_path, capsys):
+    output = tmp_path / "memory.json"
+    memory.main(arguments(books, memmamba_folder, output, "--plain-model", str(neox_folder)))
+    results = json.loads(output.read_text())
+    assert results["description"]["models"]["plain"]["label"] == "gpt_neox"
+    for part, (column, setting) in memory.COLUMNS.items():
+        cells = {(cell["model"], cell[column]) for cell in results[part]}
+        assert cells == {(name, value) for name in ("model", "plain") for value in results["settings"][setting]}
+    first, second = (cell["state_bytes"] for cell in results["decode"] if cell["model"] == "plain")
+    assert second == 3 * first, "keys and values of 96 tokens and of 32"
+    for part in ("passkey", "documents"):
+        asked = [[record["number"] for record in cell["records"]] for cell in results[part]]
+        assert asked[0] == asked[1], "both models are asked the same"
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"512 positions .* needs 705: give shorter --lengths"):
+        memory.main(arguments(books, neox_folder, tmp_path / "other.json", "--parts", "passkey", "--lengths", "700"))
+    with pytest.raises(ValueError, match="shorter --document-counts"):
+        memory.main(arguments(books, neox_folder, tmp_path / "other.json", "--document-counts", "10"))
+    assert not (tmp_path / "other.json").exists()
+
+
+def test_attention_model_answers_as_by_its_own_forward(prepared, sampler, neox_folder):
+    tokenizer, _ = prepared
+    model = GPTNeoXForCausalLM.from_pretrained(neox_folder).eval()
+    texts = [sampler.text(number, 250 + 40 * number, keys=2) for number in range(2)]
+    answers = memory_tasks.ask(model, tokenizer, texts, chunk_length=50)
+    with torch.no_grad():
+        wanted = [[greedy(model, text.prompt_ids(key).tolist(), 5) for key in range(2)] for text in texts]
+    ends = [[ids.index(0) if 0 in ids else 5 for ids in row] for row in wanted]
+    assert answers == [
+        [tokenizer.decode(ids[:end], skip_special_tokens=True).strip() for ids, end in zip(row, stops, strict=True)]
+        for row, stops in zip(wanted, ends, strict=True)
+    ]
+    ids = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(memory_tasks.last_logits(model, ids, 4, 10), model(ids).logits[:, -4:])
+
+
 def test_state_is_all_that_a_layer_holds_and_does_not_grow(prepared):
     _, tokens = prepared
     model = tiny_memmamba(torch.float32, vocab_size=300)
@@ -162,6 +313,7 @@ def test_rows_fill_the_batch_chunk_by_chunk():
     assert memory_tasks.rows_at_once(1024, 4096, 16_384) == 16
     assert memory_tasks.rows_at_once(409_600, 4096, 16_384) == 4
     assert memory_tasks.rows_at_once(409_600, 32_768, 16_384) == 1
+    assert memory_tasks.rows_at_once(1 << 20, 4096, 1 << 20) == 16, "not 256 texts of a million tokens"
 
 
 def test_command_measures_every_part_of_both_models(books, memmamba_folder, plain_folder, tmp_path, capsys):
@@ -247,13 +399,14 @@ def test_batches_and_chunks_change_nothing(books, memmamba_folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--parts", "passkey", "--lengths", "100000"), "shorter --lengths"),
         (("--parts", "passkey", "--lengths", "40", "384"), "longer prompt_length"),
         (("--parts", "passkey", "--distractors", "500"), "more than there are names"),
         (("--parts", "passkey", "--samples", "0"), "at least 1"),
         (("--parts", "documents", "--distractors", "3"), "documents without the fact"),
         (("--parts", "perplexity", "--perplexity-lengths", "100000"), "longer books"),
         (("--parts", "perplexity", "--counted", "64"), "shortest window"),
+        (("--parts", "perplexity", "--counted", "9", "--stride", "8"), "leave out --counted"),
+        (("--parts", "passkey", "--lengths", "0"), "at least 1"),
     ],
 )
 def test_what_cannot_be_made_is_refused_before_any_work(books, memmamba_folder, tmp_path, monkeypatch, more, message):
@@ -291,25 +444,41 @@ def test_texts_of_one_key_are_the_prompts_of_the_recall_evaluation(prepared, mon
         assert text.prompt_ids().tolist() == prompt.tolist()
 
 
-def test_models_of_different_vocabularies_are_refused(memmamba_folder, tmp_path):
-    tiny_memmamba(torch.float32, vocab_size=299).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="one tokenizer"):
-        memory.load_models({"model": str(memmamba_folder), "plain": str(tmp_path)}, "cpu")
+def test_models_of_another_tokenizer_are_refused(books, prepared, memmamba_folder, tmp_path):
+    tokenizer, _ = prepared
+
+    def saved(name, size, other=None):
+        tiny_memmamba(torch.float32, vocab_size=size).save_pretrained(tmp_path / name)
+        if other is not None:
+            other.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    output = tmp_path / "memory.json"
+    short = ("--parts", "decode", "--decode-lengths", "8")
+    with pytest.raises(ValueError, match="vocabulary of 299, and the tokenizer 300"):
+        memory.main(arguments(books, memmamba_folder, output, *short, "--plain-model", str(saved("small", 299))))
+    other = train_book_tokenizer(["quite another text " * 99], 280)
+    with pytest.raises(ValueError, match="has another tokenizer"):
+        memory.main(arguments(books, memmamba_folder, output, *short, "--plain-model", str(saved("other", 300, other))))
+    assert not output.exists()
+    memory.main(arguments(books, memmamba_folder, output, *short, "--plain-model", str(saved("padded", 304, tokenizer))))
+    assert len(json.loads(output.read_text())["decode"]) == 2
 
 
 def test_model_that_compresses_is_read_plainly(tmp_path):
     tiny_model(torch.float32, vocab_size=300).save_pretrained(tmp_path)
     model = ReMambaForCausalLM.from_pretrained(tmp_path)
     assert plain_reading(model) == {"compress_prompt": False}
-    assert memory.describe_model("model", str(tmp_path), model)["label"] == "ReMamba, compression off"
-    assert memory.describe_model("model_2", str(tmp_path), model)["label"] == "ReMamba, compression off 2"
+    assert memory.describe_model("model", "remamba", model)["label"] == "ReMamba, compression off"
+    assert memory.describe_model("model_2", "remamba", model)["label"] == "ReMamba, compression off 2"
+    assert memory.describe_model("plain", "mamba", model)["label"] == "plain Mamba-1"
     assert memory.names_of(["a", "b"], "c") == {"model": "a", "model_2": "b", "plain": "c"}
     with torch.no_grad():
-        before = memory.describe_model("model", str(tmp_path), model)["weights"]
+        before = memory.describe_model("model", "remamba", model)["weights"]
         model.backbone.compressor.query[0].weight += 1
-        assert memory.describe_model("model", str(tmp_path), model)["weights"] == before
+        assert memory.describe_model("model", "remamba", model)["weights"] == before
         model.backbone.embeddings.weight += 1
-        assert memory.describe_model("model", str(tmp_path), model)["weights"] != before
+        assert memory.describe_model("model", "remamba", model)["weights"] != before
 
 
 def test_plain_checkpoint_is_read_as_by_transformers(plain_folder):

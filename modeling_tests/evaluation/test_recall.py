@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import math
+import shutil
+from datetime import datetime, timedelta, timezone
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from remamba_hf import ReMambaConfig, ReMambaForCausalLM
 from remamba_hf.evaluation import recall
+from remamba_hf.evaluation.checkpoints import digest, weights_read
 from remamba_hf.training.book_tokens import prepare_books
 from remamba_hf.training.recall_data import RecallSampler
 
@@ -147,7 +150,62 @@ def test_wilson_interval():
     assert recall.wilson_interval(0, 0) == (0.0, 1.0)
 
 
-def test_model_that_does_not_compress_is_sent_elsewhere(books, memmamba_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"remamba_hf\.evaluation\.memory"):
-        recall.main(arguments(books, memmamba_folder, tmp_path / "recall.json"))
+def test_model_that_does_not_compress_is_read_as_it_reads(books, memmamba_folder, neox_folder, tmp_path, capsys):
+    for folder, label in ((memmamba_folder, "MemMamba"), (neox_folder, "gpt_neox")):
+        output = tmp_path / f"{label}.json"
+        recall.main(arguments(books, folder, output))
+        results = json.loads(output.read_text())
+        assert {cell["variant"] for cell in results["cells"]} == {"plain"}
+        assert len(results["cells"]) == len(results["perplexity"]) == 2
+        assert not any("inside" in record or "kept" in record for cell in results["cells"] for record in cell["records"])
+        assert f"| {label} |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="compresses nothing: leave out --span"):
+        recall.main(arguments(books, memmamba_folder, tmp_path / "recall.json", "--span", "0.5"))
     assert not (tmp_path / "recall.json").exists()
+
+
+def test_plots_of_a_model_that_does_not_compress(books, memmamba_folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    recall.main(arguments(books, memmamba_folder, tmp_path / "recall.json", "--plots", str(tmp_path)))
+    assert (tmp_path / "recall_by_length.png").stat().st_size > 1000
+    assert (tmp_path / "recall_by_depth.png").stat().st_size > 1000
+
+
+def test_attention_model_beside_one_that_compresses(books, model_folder, neox_folder, tmp_path, capsys):
+    output = tmp_path / "recall.json"
+    recall.main(arguments(books, model_folder, output, "--plain-model", str(neox_folder), "--lengths", "256"))
+    results = json.loads(output.read_text())
+    assert [cell["variant"] for cell in results["cells"]] == ["compressed", "uncompressed", "plain"]
+    assert "| gpt_neox, same data |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="512 positions"):
+        recall.main(arguments(books, model_folder, output, "--plain-model", str(neox_folder), "--lengths", "600"))
+
+
+def test_results_have_a_date_and_digests_of_what_was_read(books, model_folder, tmp_path):
+    output = tmp_path / "recall.json"
+    recall.main(arguments(books, model_folder, output, "--plain-model", str(model_folder)))
+    results = json.loads(output.read_text())
+    before = datetime.now(timezone.utc)
+    assert timedelta(0) <= before - datetime.fromisoformat(results["date"]) < timedelta(minutes=5)
+    models = results["description"]["models"]
+    model = ReMambaForCausalLM.from_pretrained(model_folder)
+    assert models["model"]["weights"] == models["plain"]["weights"] == digest(weights_read(model))
+    with torch.no_grad():
+        model.backbone.compressor.query[0].weight += 1
+    changed = shutil.copytree(model_folder, tmp_path / "changed")
+    model.save_pretrained(changed)
+    with pytest.raises(ValueError, match="other settings"):
+        recall.main(arguments(books, changed, output, "--plain-model", str(model_folder)))
+
+
+def test_prompts_longer_than_the_books_repeat_them(books, model_folder, tmp_path):
+    output = tmp_path / "recall.json"
+    recall.main(arguments(books, model_folder, output, "--lengths", "256", "16384", "--samples", "1"))
+    results = json.loads(output.read_text())
+    repeats = {(cell["variant"], cell["length"]): cell.get("books_repeated") for cell in results["cells"]}
+    times = round(16_384 / results["description"]["tokens"], 2)
+    assert times > 1
+    assert repeats == {
+        (name, n): times if n > 256 else None for name in ("compressed", "uncompressed") for n in (256, 16_384)
+    }
+    assert [entry["length"] for entry in results["perplexity"]] == [256], "a repeated text has no perplexity of its own"

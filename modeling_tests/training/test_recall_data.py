@@ -245,17 +245,46 @@ def test_prompts_that_cannot_be_made_are_refused(sampler):
         sampler.documents(0, 3, document_length=10_000_000)
 
 
-def test_tokenizer_that_joins_digits_is_refused(prepared):
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+def test_numbers_of_a_tokenizer_that_joins_digits():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    joined = Tokenizer(models.BPE())
-    joined.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    joined.train_from_iterator(
-        ["12 12 12 12"], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    joining = Tokenizer(models.BPE())
+    joining.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    joining.decoder = decoders.ByteLevel()
+    numbers = " ".join(str(number) for number in range(10_000, 100_000, 3))
+    joining.train_from_iterator(
+        [numbers],
+        trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=["<end>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
     )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=joining, eos_token="<end>", pad_token="<end>")
+    book = np.asarray(tokenizer("A line of a book.\n" * 300)["input_ids"], dtype=np.uint16)
+    sampler = RecallSampler(book, tokenizer, seed=0)
+    widths = set()
+    for index in range(20):
+        text = sampler.text(index, 400, keys=2, distractors=1)
+        for fact in text.asked:
+            digits = text.text_ids[slice(*fact.digits)]
+            widths.add(len(digits))
+            assert tokenizer.decode(digits).strip() == fact.number
+            assert tokenizer.decode(fact.answer_ids).removesuffix("<end>").strip() == fact.number
+            assert f"{fact.name}" in tokenizer.decode(text.text_ids[slice(*fact.evidence)])
+        other = tokenizer.decode(text.text_ids[slice(*text.other_digits[0])]).strip()
+        assert other == text.other_numbers[0]
+        documents = tokenizer.decode(sampler.documents(index, 12, document_length=40).text_ids)
+        assert "\nDocument 1\n" in documents
+        assert "\nDocument 13\n" in documents
+    assert len(widths) > 1, "numbers of different widths in tokens"
     with pytest.raises(ValueError, match="every digit"):
-        RecallSampler(prepared[1], PreTrainedTokenizerFast(tokenizer_object=joined), seed=0)
+        RecallSampler(book, tokenizer, seed=0, noise=0.1)
+
+
+def test_a_vocabulary_without_room_for_all_bytes_is_refused():
     with pytest.raises(ValueError, match="at least 258"):
         train_book_tokenizer(["text"], vocab_size=100)
 

@@ -54,7 +54,10 @@ class Checkpoint:
 
     @property
     def positions(self) -> int | None:
-        """Tokens that it has positions for; None for models that count none, such as Mamba."""
+        """Tokens that it has positions for; None for models that count none, such as Mamba and those of this package, whose
+        `max_position_embeddings` is there for tools that ask for it."""
+        if self.of_this_package:
+            return None
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     def identity(self) -> dict[str, str]:
@@ -88,18 +91,26 @@ def find_checkpoint(model: str, revision: str | None = None, trust_remote_code: 
     return Checkpoint(name, source, revision, folder, config, trust_remote_code)
 
 
-def load_causal_model(checkpoint: Checkpoint, device: str, dtype: str) -> PreTrainedModel:
+def load_causal_model(
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: str,
+    model_class: Any = AutoModelForCausalLM,
+    may_lack: tuple[str, ...] = (),
+) -> PreTrainedModel:
     """The model, ready for inference.
 
     Args:
         device: of `checked_device`.
         dtype: of `resolved_dtype`.
+        model_class: that loads it; default: its own.
+        may_lack: parts of the names of weights that need not be there.
 
     Raises:
         CheckpointError: weights that are damaged or do not belong to the configuration; no causal language model.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class.from_pretrained(
             checkpoint.source,
             revision=checkpoint.revision,
             dtype=dtype,
@@ -108,7 +119,7 @@ def load_causal_model(checkpoint: Checkpoint, device: str, dtype: str) -> PreTra
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.name} cannot be loaded: {first_line(error)}.") from error
-    missing = info["missing_keys"]
+    missing = [name for name in info["missing_keys"] if not any(part in name for part in may_lack)]
     if missing:
         raise CheckpointError(
             f"{checkpoint.name} lacks {len(missing)} of the model's tensors, e.g. {min(missing)}. Get its files again, or "

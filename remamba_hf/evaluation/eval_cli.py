@@ -50,6 +50,9 @@ COMMANDS = {
     "perplexity": _module("memory", "perplexity of books by length of context", parts=["perplexity"]),
     "recall": _module("recall", "a number planted in books, with and without compression"),
     "fidelity": _module("fidelity", "what states still tell of tokens and layers (ETMF, ECLMF)"),
+    "speed": _module("speed", "seconds and memory by length and batch"),
+    "lm_eval": _module("lm_eval_model", "EleutherAI's harness: its tasks behind compressed prompts"),
+    "compare": _module("compare", "one picture and table of several models' results"),
 }
 
 
@@ -97,7 +100,7 @@ def _parser(program: str, description: str) -> argparse.ArgumentParser:
     )
     add_compression_settings(parser, "; default: the checkpoint's")
     parser.add_argument(
-        "--prefill-chunk-length", type=positive, metavar="N", help="tokens read at a time (default: 32768, CPU 4096)"
+        "--prefill-chunk-length", type=positive, metavar="N", help="tokens read at a time (default: 16384, CPU 4096)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's, on the CPU float32")

@@ -12,6 +12,9 @@ ECLMF as the paper defines it fits and tests on the same positions and divides b
 independent noise scores almost 1 once there are as few positions as features, and a layer of larger scale scores better.
 The corrected form is the R^2 of positions that the fit has not seen.
 
+Any causal language model can be measured that hands out one hidden state a layer, of the width of its embeddings. The output
+file is written after every model, and a run that was cut off goes on from it.
+
 Shapes: `B` rows, `L` positions, `V` vocabulary, `D` hidden size, `N` positions of all rows.
 """
 
@@ -24,12 +27,24 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from remamba_hf.training.book_tokens import encode_books, list_books, write_json
+from remamba_hf.training.book_tokens import encode_books, list_books
 
-from .checkpoints import environment, load_model, plain_reading
-from .reporting import table_head, table_row
+from .causal_models import Checkpoint
+from .checkpoints import (
+    add_model_options,
+    check_positions,
+    check_tokenizer,
+    describe_checkpoint,
+    environment,
+    load_model,
+    open_checkpoint,
+    open_device,
+    open_tokenizer,
+    plain_reading,
+)
+from .reporting import start_or_continue, table_head, table_row, write_results
 
 DISTANCES = (0, 8, 16, 32)
 GAPS = (2, 5, 10)
@@ -154,11 +169,12 @@ def measure(
         has too few layers for.
 
     Raises:
-        ValueError: passages of less than two tokens.
+        ValueError: passages of less than two tokens; a model without the states that are compared.
     """
     if passages.shape[1] < 2:
         raise ValueError("passages need at least two tokens: half of them are fitted on")
     embeddings = model.get_input_embeddings().weight
+    _check_states(model, passages[:1, :2].to(model.device))
     forms = {"paper": token_fidelity, "corrected": corrected_token_fidelity}
     etmf: dict[str, dict[str, list[float]]] = {str(distance): {form: [] for form in forms} for distance in distances}
     chance: list[float] = []
@@ -182,6 +198,24 @@ def measure(
         "chance": _mean_and_error(chance),
         "eclmf": {str(gap): _across_layers(states, fitted, gap, model.device) for gap in gaps},
     }
+
+
+@torch.no_grad()
+def _check_states(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    output = model(ids, output_hidden_states=True, use_cache=False, **plain_reading(model))
+    states, embeddings = getattr(output, "hidden_states", None) or (), model.get_input_embeddings().weight
+    layers = model.config.get_text_config().num_hidden_layers
+    shape = (*ids.shape, embeddings.shape[1])
+    if len(states) != layers + 1 or any(state.shape != shape for state in states):
+        raise ValueError(
+            f"{type(model).__name__} hands out {len(states)} hidden states for its {layers} layers and the final norm: ETMF "
+            f"and ECLMF need {layers + 1} of the embeddings' width ({embeddings.shape[1]})"
+        )
+    if output.logits.shape[-1] != embeddings.shape[0]:
+        raise ValueError(
+            f"{type(model).__name__} has {embeddings.shape[0]} embeddings and logits of {output.logits.shape[-1]} tokens: "
+            "ETMF needs one embedding a token"
+        )
 
 
 def _mean_and_error(values: Sequence[float]) -> dict[str, float | None]:
@@ -238,15 +272,15 @@ def markdown_tables(results: dict[str, Any]) -> str:
 
 def parse_arguments(arguments: Sequence[str] | None = None, program: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id")
-    parser.add_argument("--plain-model", help="folder or Hub id of a plain model of the same tokenizer, to compare with")
+    parser.add_argument("--model", required=True, help="folder or Hub id of any causal language model")
+    parser.add_argument("--plain-model", help="folder or Hub id of another model of the same tokenizer, to compare with")
     parser.add_argument("--books", "--data", required=True, help="folder of .txt books that the models were not trained on")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--passages", type=int, default=8, help="passages, evenly over the books")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a passage")
     parser.add_argument("--distances", type=int, nargs="+", default=list(DISTANCES), help="of ETMF, tokens")
     parser.add_argument("--gaps", type=int, nargs="+", default=list(GAPS), help="of ECLMF, layers")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_model_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -254,27 +288,39 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     options = parse_arguments(arguments, program)
     if min(options.gaps) < 1 or min(options.distances) < 0 or max(options.distances) >= options.length:
         raise ValueError("gaps are at least 1, and distances at least 0 and less than the length of a passage")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    device = open_device(options)
+    given = {"model": options.model, "plain": options.plain_model}
+    checkpoints = {name: open_checkpoint(model, options) for name, model in given.items() if model}
+    for checkpoint in checkpoints.values():
+        check_positions(checkpoint, options.length, "--length")
+    tokenizer = open_tokenizer(checkpoints["model"], options)
+    for checkpoint in checkpoints.values():
+        check_tokenizer(checkpoint, tokenizer)
     paths = list_books(options.books)
-    tokens = encode_books(paths, AutoTokenizer.from_pretrained(options.model), seed=None)
+    tokens = encode_books(paths, tokenizer, seed=None)
     passages = spread_passages(tokens, options.passages, options.length)
     names = ("passages", "length", "distances", "gaps")
-    results: dict[str, Any] = {
+    header = {
         "settings": {name: getattr(options, name) for name in names},
         "description": {"books": [path.name for path in paths], "tokens": len(tokens)},
-        "environment": environment(options.device),
-        "models": {},
     }
-    for name, checkpoint in (("model", options.model), ("plain", options.plain_model)):
-        if checkpoint:
-            model = load_model(checkpoint, options.device)
-            kind = {
-                "model_type": AutoConfig.from_pretrained(checkpoint).model_type,
-                "layers": model.config.num_hidden_layers,
-            }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    results = start_or_continue(options.output, header, {"environment": environment(device), "models": {}})
+    for name, checkpoint in tqdm(checkpoints.items(), desc="models"):
+        model = load_model(checkpoint, device, options.dtype)
+        kind = _described(checkpoint, model)
+        before = results["models"].get(name)
+        if before is None:
             results["models"][name] = {**kind, **measure(model, passages, options.distances, options.gaps)}
-            write_json(options.output, results)
+            write_results(options.output, results)
+        elif {key: before.get(key) for key in kind} != kind:
+            raise ValueError(f"{options.output} holds results of another {name}: name another output, or remove it")
     print(markdown_tables(results))
+
+
+def _described(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+    description = describe_checkpoint(checkpoint.config.model_type, model)
+    return {**description, "layers": model.config.get_text_config().num_hidden_layers}
 
 
 if __name__ == "__main__":

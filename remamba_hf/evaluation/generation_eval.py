@@ -26,9 +26,9 @@ from remamba_hf.training.book_tokens import write_json
 
 from .answers_file import AnswersFile, Record, check_same_settings, merge, read_answers
 from .causal_models import Checkpoint, load_causal_model
-from .checkpoints import CPU_CHUNK_LENGTH, environment
-from .memory import GPU_CHUNK_LENGTH
+from .checkpoints import default_chunk_length, environment
 from .prompt_reader import Prompt, Reader, encode_samples, plan_batches
+from .reporting import utc_now
 from .tasks import Answered, Sample, Task
 
 MAX_LENGTH = 5500  # tokens of a prompt; the ReMamba paper's (arXiv 2408.15496, section 4)
@@ -43,7 +43,7 @@ class GenerationSettings:
         dtype: of the weights.
         compression: arguments of `generate` for a model that compresses prompts.
         batch_size: prompts read at once; changes no answer but by rounding, like the next.
-        prefill_chunk_length: tokens of a prompt read at once by this package's models; None: 32768, on the CPU 4096.
+        prefill_chunk_length: tokens of a prompt read at once by this package's models; None: 16384, on the CPU 4096.
     """
 
     max_length: int = MAX_LENGTH
@@ -233,8 +233,7 @@ def _load_reader(
 ) -> Reader:
     options: dict[str, Any] = dict(settings.compression)
     if checkpoint.of_this_package:
-        default = CPU_CHUNK_LENGTH if torch.device(device).type == "cpu" else GPU_CHUNK_LENGTH
-        options["prefill_chunk_length"] = settings.prefill_chunk_length or default
+        options["prefill_chunk_length"] = settings.prefill_chunk_length or default_chunk_length(device)
     return Reader(load_causal_model(checkpoint, device, settings.dtype), tokenizer, options)
 
 
@@ -316,6 +315,7 @@ def _finish(
     ]
     results = {
         "model": name,
+        "date": utc_now(),
         "settings": dict(header),
         "summary": task.summary(answered),
         "truncated": sum(record["whole_tokens"] > header["max_length"] for record in records),

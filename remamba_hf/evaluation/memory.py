@@ -3,16 +3,21 @@
 
     python -m remamba_hf.evaluation.memory --model MODEL --plain-model PLAIN --books BOOKS --output memory.json --plots DIR
 
-MODEL is a MemMamba, or several, such as one of every seed; any other checkpoint of this package, or a plain Mamba, can stand
-in either place, and one that compresses prompts is read without compression. BOOKS should not be books that the models were
-trained on. After arXiv 2510.03279, section 4, there are four parts:
+MODEL is a MemMamba, or several, such as one of every seed; any other checkpoint of this package can stand in either place, a
+plain Mamba, or any causal language model as a baseline, if they are of one tokenizer. Models that compress prompts are read
+without compression; models of other packages read whole prompts, which takes longer and more memory, with the same results.
+BOOKS should not be books that the models were trained on. After arXiv 2510.03279, section 4, there are four parts:
 
-    passkey     a sentence in a book gives a person a number, which is asked for behind 1k to 400k tokens. With `--keys M`, M
-                people have numbers in one text, and each is asked for in a question of its own, put to a copy of the state
-                behind the text: the name decides which number is right. `--distractors D` adds people nobody asks for.
+    passkey     a sentence in a book gives a person a number, which is asked for behind 1k to 400k tokens, or a million. With
+                `--keys M`, M people have numbers in one text, and each is asked for in a question of its own, put to a copy
+                of the state behind the text: the name decides which number is right. `--distractors D` adds people nobody
+                asks for. Texts longer than all books together repeat these from the beginning, and their cells have
+                `books_repeated`, how often.
     documents   the same in one of 11 to 201 numbered documents of about 200 tokens each
-    perplexity  of the last 50 tokens of 10 windows of every book, by the tokens of context before them. The windows of all
-                lengths end at the same places, so only the context differs; books shorter than the longest are left out.
+    perplexity  of the last 50 tokens of 10 windows of every book, by the tokens of context before them, as in the paper.
+                With `--stride N`, windows follow one another every N tokens and their last N count: every token of a book
+                behind the longest context, once. In both, the windows of all lengths end at the same places, so the same
+                tokens are scored, and only the context differs; books shorter than the longest are left out.
     decode      bytes of the state, and seconds per token, after 1k and after 64k tokens
 
 The output file is written after every cell, and a run that was cut off goes on from it.
@@ -27,27 +32,46 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remamba_hf.families import PLAIN_FAMILIES
-from remamba_hf.training.book_tokens import encode_text, list_books, read_book, write_json
+from remamba_hf.command_options import positive
+from remamba_hf.training.book_tokens import encode_text, list_books, read_book
 from remamba_hf.training.recall_data import RecallSampler
 
-from .checkpoints import CPU_CHUNK_LENGTH, digest, environment, family_of, load_model, weights_read
+from .causal_models import Checkpoint
+from .checkpoints import (
+    add_model_options,
+    check_positions,
+    check_tokenizer,
+    default_chunk_length,
+    describe_checkpoint,
+    environment,
+    load_model,
+    open_checkpoint,
+    open_device,
+    open_tokenizer,
+    reading_family,
+    reads_in_chunks,
+)
 from .memory_report import COLUMNS, draw_plots, markdown_tables
 from .memory_tasks import (
+    DECODED,
     decoding_cost,
     recall_records,
+    repeated,
     rows_at_once,
+    strided_ends,
     summarize_losses,
     summarize_records,
     window_ends,
     window_losses,
 )
-from .reporting import start_or_continue
+from .reporting import start_or_continue, write_results
+from .timing import FEWEST_NEW_TOKENS
 
 PARTS = tuple(COLUMNS)
-GPU_CHUNK_LENGTH = 32_768
+WINDOWS = 10  # of every book, unless they follow one another
+_ROOM_FOR_HEADING, _ROOM_FOR_FACT = 16, 64  # tokens; the latter with its question and answer
 
 
 @dataclass(frozen=True)
@@ -65,9 +89,11 @@ class MemorySettings:
         document_length: tokens of a document, at most.
         perplexity_lengths: windows, tokens.
         reference_length: the length whose perplexity the others are compared with.
-        windows: of every book.
+        windows: of every book; with a stride, at most, and 0 for all that there is room for.
         counted: tokens at the end of a window that perplexity is taken over.
         decode_lengths: tokens read before decoding is measured.
+        stride: tokens from the end of a window to that of the next, all of which count; None for windows spread evenly over
+            the book.
     """
 
     lengths: tuple[int, ...] = tuple(1024 * n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 400))
@@ -80,9 +106,17 @@ class MemorySettings:
     document_length: int = 200
     perplexity_lengths: tuple[int, ...] = tuple(1024 * n for n in (1, 2, 4, 10, 20, 30, 40, 50, 60))
     reference_length: int = 4096
-    windows: int = 10
+    windows: int = WINDOWS
     counted: int = 50
     decode_lengths: tuple[int, ...] = (1024, 65_536)
+    stride: int | None = None
+
+    def written(self) -> dict[str, Any]:
+        """As results have them."""
+        values = asdict(self)
+        if self.stride is None:
+            values.pop("stride")  # files from before there were any go on
+        return values
 
 
 class MemoryEvaluation:
@@ -108,28 +142,25 @@ class MemoryEvaluation:
         self.settings = settings
         self.batch_tokens = batch_tokens
         self.chunk_length = chunk_length
-        end = np.asarray([tokenizer.eos_token_id], dtype=np.uint16)
+        end = np.asarray([tokenizer.eos_token_id], dtype=books[0].dtype)
         self.tokens = np.concatenate([part for book in books for part in (book, end)])
         self.sampler = RecallSampler(self.tokens, tokenizer, settings.seed, settings.digits)
         self.long_enough = [number for number, book in enumerate(books) if len(book) >= max(settings.perplexity_lengths)]
         self.long_books = [books[number] for number in self.long_enough]
-        self.ends = [window_ends(len(book), max(settings.perplexity_lengths), settings.windows) for book in self.long_books]
+        self.ends = [self._ends(len(book)) for book in self.long_books]
 
     def check(self, parts: Sequence[str]) -> None:
         """Raises a ValueError, before any work, on texts that cannot be made of these books."""
         settings = self.settings
-        if settings.samples < 1 or settings.keys < 1 or settings.windows < 1:
+        if settings.samples < 1 or settings.keys < 1 or settings.windows < (settings.stride is None):
             raise ValueError("samples, keys and windows are counts: give at least 1 of each")
+        if min(settings.lengths + settings.perplexity_lengths + settings.decode_lengths) < 1:
+            raise ValueError("lengths are numbers of tokens: give at least 1")
         if "passkey" in parts:
-            if max(settings.lengths) > len(self.tokens):
-                raise ValueError(
-                    f"the books have {len(self.tokens)} tokens, fewer than the longest text of {max(settings.lengths)}: "
-                    "give more books or shorter --lengths"
-                )
+            shortest = min(settings.lengths)
+            sampler = self._sampler(shortest)
             for number in range(settings.samples):
-                self.sampler.text(
-                    (min(settings.lengths), number), min(settings.lengths), settings.keys, settings.distractors
-                )
+                sampler.text((shortest, number), shortest, settings.keys, settings.distractors)
         if "documents" in parts:
             fewest = min(settings.document_counts)
             self.sampler.documents((fewest, 0), fewest, settings.distractors, 0.5, settings.document_length)
@@ -140,7 +171,10 @@ class MemoryEvaluation:
                     "shorter --perplexity-lengths"
                 )
             if not 1 <= settings.counted < min(settings.perplexity_lengths):
-                raise ValueError(f"{settings.counted} counted tokens do not fit into the shortest window")
+                raise ValueError(
+                    f"{settings.counted} counted tokens and one before them do not fit into the shortest window, of "
+                    f"{min(settings.perplexity_lengths)}: give less --stride or --counted, or longer windows"
+                )
 
     def columns(self, part: str) -> tuple[int, ...]:
         """The lengths, or numbers of documents, that a part has cells for."""
@@ -156,17 +190,32 @@ class MemoryEvaluation:
         }
         return cells[part](model, column)
 
-    def _rows(self, length: int) -> int:
-        return rows_at_once(length, self.chunk_length, self.batch_tokens)
+    def _ends(self, book_length: int) -> list[int]:
+        longest, settings = max(self.settings.perplexity_lengths), self.settings
+        if settings.stride is None:
+            return window_ends(book_length, longest, settings.windows)
+        return strided_ends(book_length, longest, settings.stride, settings.windows)
+
+    def _sampler(self, length: int) -> RecallSampler:
+        """Of texts of so many tokens: where the books have fewer, they are repeated."""
+        if length <= len(self.tokens):
+            return self.sampler
+        tokens = repeated(self.tokens, length)
+        return RecallSampler(tokens, self.tokenizer, self.settings.seed, self.settings.digits)
+
+    def _rows(self, model: PreTrainedModel, length: int) -> int:
+        chunk_length = self.chunk_length if model is None or reads_in_chunks(model) else length
+        return rows_at_once(length, chunk_length, self.batch_tokens)
 
     def _passkey(self, model: PreTrainedModel, length: int) -> dict[str, Any]:
-        settings = self.settings
+        settings, sampler = self.settings, self._sampler(length)
 
         def text(number: int) -> Any:
             depths = spread_depths(number, settings.samples, settings.keys)
-            return self.sampler.text((length, number), length, settings.keys, settings.distractors, depths)
+            return sampler.text((length, number), length, settings.keys, settings.distractors, depths)
 
-        return self._recall(model, text, self._rows(length))
+        cell = self._recall(model, text, self._rows(model, length))
+        return cell if sampler is self.sampler else {**cell, "books_repeated": round(length / len(self.tokens), 2)}
 
     def _documents(self, model: PreTrainedModel, noise: int) -> dict[str, Any]:
         settings = self.settings
@@ -175,14 +224,14 @@ class MemoryEvaluation:
             depth = (number + 0.5) / settings.samples
             return self.sampler.documents((noise, number), noise, settings.distractors, depth, settings.document_length)
 
-        return self._recall(model, text, self._rows((noise + 1) * settings.document_length))
+        return self._recall(model, text, self._rows(model, (noise + 1) * settings.document_length))
 
     def _recall(self, model: PreTrainedModel, text: Callable[[int], Any], rows: int) -> dict[str, Any]:
         records = recall_records(model, self.tokenizer, text, self.settings.samples, rows, self.chunk_length)
         return {**summarize_records(records), "records": records}
 
     def _perplexity(self, model: PreTrainedModel, length: int) -> dict[str, Any]:
-        counted, rows = self.settings.counted, self._rows(length)
+        counted, rows = self.settings.counted, self._rows(model, length)
         losses = window_losses(model, self.long_books, self.ends, length, counted, rows, self.chunk_length)
         return summarize_losses(losses)
 
@@ -219,34 +268,41 @@ def evaluate(
         ValueError: texts that cannot be made, or `output` holds results of other settings or models.
     """
     evaluation.check(parts)
-    header = {"settings": asdict(evaluation.settings), "description": description}
+    header = {"settings": evaluation.settings.written(), "description": description}
     rest = {"environment": environment(device), **{part: [] for part in PARTS}}
     results = start_or_continue(output, header, rest)
     cells = [(part, name, column) for part in parts for column in evaluation.columns(part) for name in models]
     for part, name, column in tqdm(cells, desc="cells"):
         key = COLUMNS[part][0]
         if not any((cell["model"], cell[key]) == (name, column) for cell in results[part]):
-            results[part].append({"model": name, key: column, **evaluation.cell(part, models[name], column)})
-            write_json(output, results)
+            results[part].append({"model": name, key: column, **_cell(evaluation, part, models[name], column)})
+            write_results(output, results)
     return results
 
 
-def describe_model(name: str, checkpoint: str, model: PreTrainedModel) -> dict[str, Any]:
-    """What names a model in the results, and lets a run know it again."""
-    kind = AutoConfig.from_pretrained(checkpoint).model_type
-    family = family_of(checkpoint)
-    if kind in PLAIN_FAMILIES:
-        label = f"plain {family.plain_name}"
-    else:
-        label = f"{family.name}, compression off" if family.compresses else family.name
-    weights = weights_read(model)
-    return {
-        "label": label + name.removeprefix("model").removeprefix("plain").replace("_", " "),
-        "model_type": kind,
-        "parameters": sum({tensor.data_ptr(): tensor.numel() for tensor in weights.values()}.values()),  # tied ones once
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights": digest(weights),
-    }
+def _cell(evaluation: MemoryEvaluation, part: str, model: PreTrainedModel, column: int) -> dict[str, Any]:
+    try:
+        return evaluation.cell(part, model, column)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{part} at {column} does not fit into the GPU's memory: give less --batch-tokens, a shorter --chunk-length, or "
+            "shorter texts. What is finished is kept."
+        ) from error
+
+
+def describe_model(name: str, model_type: str, model: PreTrainedModel) -> dict[str, Any]:
+    """What names a model in the results, and lets a run know it again.
+
+    Args:
+        name: of `names_of`.
+        model_type: of its checkpoint.
+    """
+    description = describe_checkpoint(model_type, model)
+    family = reading_family(model_type)
+    if family is not None and family.compresses and family.model_type == model_type:
+        description["label"] += ", compression off"
+    description["label"] += name.removeprefix("model").removeprefix("plain").replace("_", " ")
+    return description
 
 
 def names_of(models: Sequence[str], plain_model: str | None) -> dict[str, str]:
@@ -255,21 +311,35 @@ def names_of(models: Sequence[str], plain_model: str | None) -> dict[str, str]:
     return {**names, "plain": plain_model} if plain_model else names
 
 
-def load_models(checkpoints: dict[str, str], device: str) -> dict[str, PreTrainedModel]:
-    """The models to compare, by name.
+def load_models(checkpoints: dict[str, Checkpoint], device: str, dtype: str = "auto") -> dict[str, PreTrainedModel]:
+    """The models to compare, by name."""
+    return {name: load_model(found, device, dtype) for name, found in checkpoints.items()}
 
-    Raises:
-        ValueError: their vocabularies differ.
-    """
-    models = {name: load_model(checkpoint, device) for name, checkpoint in checkpoints.items()}
-    sizes = {name: loaded.config.vocab_size for name, loaded in models.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"the models have different vocabularies ({sizes}): all must be of one tokenizer")
-    return models
+
+def check_room(checkpoint: Checkpoint, settings: MemorySettings, parts: Sequence[str]) -> None:
+    """Raises a ValueError if a model has fewer positions than a text of one of the parts."""
+    documents = (max(settings.document_counts) + 1) * (settings.document_length + _ROOM_FOR_HEADING)
+    decoded = FEWEST_NEW_TOKENS + DECODED
+    needed = {
+        "passkey": ("--lengths", max(settings.lengths) + settings.digits + 2),
+        "documents": ("--document-counts", documents + (settings.distractors + 1) * _ROOM_FOR_FACT),
+        "perplexity": ("--perplexity-lengths", max(settings.perplexity_lengths)),
+        "decode": ("--decode-lengths", max(settings.decode_lengths) + decoded),
+    }
+    for part in parts:
+        option, tokens = needed[part]
+        check_positions(checkpoint, tokens, option)
 
 
 def encode_each_book(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-    """Token ids of each book, `uint16[tokens]`."""
+    """Token ids of each book, one array each.
+
+    Raises:
+        ValueError: a tokenizer whose ids do not fit.
+    """
+    most = np.iinfo(encode_text("", tokenizer).dtype).max + 1
+    if len(tokenizer) > most:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, and books are held with ids of at most {most}")
     return [encode_text(read_book(path), tokenizer) for path in tqdm(paths, desc="encoding books", unit="book")]
 
 
@@ -278,7 +348,7 @@ def parse_arguments(
 ) -> argparse.Namespace:
     """The command line; with `parts`, that of a command which measures these alone and has no options for others."""
     parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", required=True, help="folders or Hub ids")
+    parser.add_argument("--model", nargs="+", required=True, help="folders or Hub ids of causal language models")
     parser.add_argument("--plain-model", help="folder or Hub id of a plain model of the same tokenizer, to compare with")
     parser.add_argument("--books", "--data", required=True, help="folder of .txt books that the models were not trained on")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
@@ -286,9 +356,9 @@ def parse_arguments(
     if parts is None:
         parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
     _add_part_arguments(parser, parts or PARTS)
-    parser.add_argument("--batch-tokens", type=int, default=262_144, help="tokens read at once: rows times chunk")
-    parser.add_argument("--chunk-length", type=int, help="tokens of a row read at once (default: 32768, CPU 4096)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-tokens", type=positive, default=262_144, help="tokens read at once: rows times chunk")
+    parser.add_argument("--chunk-length", type=positive, help="tokens of a row read at once (default: 16384, CPU 4096)")
+    add_model_options(parser)
     return parser.parse_args(arguments, argparse.Namespace(**({} if parts is None else {"parts": list(parts)})))
 
 
@@ -317,33 +387,60 @@ def _add_part_arguments(parser: argparse.ArgumentParser, parts: Sequence[str]) -
     if "perplexity" in parts:
         add("perplexity_lengths", "windows, tokens", *also)
         add("reference_length", "whose perplexity others are compared with")
-        add("windows", "of every book")
-        add("counted", "tokens at a window's end")
+        add("windows", "of every book (default: 10, with --stride all that there is room for)")
+        add("counted", "tokens at a window's end that count (with --stride: as many as that)")
+        parser.set_defaults(windows=None, counted=None)
+        parser.add_argument(
+            "--stride",
+            type=positive,
+            help="tokens from window to window: score every token of a book behind the longest context, once",
+        )
     if "decode" in parts:
         add("decode_lengths", "tokens read before decoding", *also)
 
 
+def settings_of(options: argparse.Namespace) -> MemorySettings:
+    """The settings of a command line.
+
+    Raises:
+        ValueError: a stride with another number of counted tokens.
+    """
+    default = asdict(MemorySettings())
+    given = {name: getattr(options, name, value) for name, value in default.items()}
+    if given["stride"] is not None:
+        if given["counted"] not in (None, given["stride"]):
+            raise ValueError("with --stride, as many tokens of a window count: leave out --counted")
+        given["counted"] = given["stride"]
+    unset = {"windows": WINDOWS if given["stride"] is None else 0, "counted": default["counted"]}
+    given |= {name: value for name, value in unset.items() if given[name] is None}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return MemorySettings(**values)
+
+
 def main(arguments: Sequence[str] | None = None, program: str | None = None, parts: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments, program, parts)
-    default = asdict(MemorySettings())
-    given = ((name, getattr(options, name, value)) for name, value in default.items())
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
-    settings = MemorySettings(**values)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+    settings, device = settings_of(options), open_device(options)
     paths = list_books(options.books)
-    checkpoints = names_of(options.model, options.plain_model)
-    models = load_models(checkpoints, options.device)
-    tokenizer = AutoTokenizer.from_pretrained(options.model[0])
-    chunk_length = options.chunk_length or (CPU_CHUNK_LENGTH if options.device == "cpu" else GPU_CHUNK_LENGTH)
+    checkpoints = {
+        name: open_checkpoint(model, options) for name, model in names_of(options.model, options.plain_model).items()
+    }
+    for checkpoint in checkpoints.values():
+        check_room(checkpoint, settings, options.parts)
+    tokenizer = open_tokenizer(checkpoints["model"], options)
+    for checkpoint in checkpoints.values():
+        check_tokenizer(checkpoint, tokenizer)
+    models = load_models(checkpoints, device, options.dtype)
     books = encode_each_book(paths, tokenizer)
+    chunk_length = options.chunk_length or default_chunk_length(device)
     evaluation = MemoryEvaluation(tokenizer, books, settings, options.batch_tokens, chunk_length)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     description = {
-        "models": {name: describe_model(name, checkpoints[name], model) for name, model in models.items()},
+        "models": {name: describe_model(name, checkpoints[name].config.model_type, model) for name, model in models.items()},
         "books": [path.name for path in paths],
         "tokens": len(evaluation.tokens),
         "perplexity_books": [paths[number].name for number in evaluation.long_enough],
     }
-    results = evaluate(evaluation, models, options.parts, options.output, description, options.device)
+    results = evaluate(evaluation, models, options.parts, options.output, description, device)
     print(markdown_tables(results))
     if options.plots:
         options.plots.mkdir(parents=True, exist_ok=True)

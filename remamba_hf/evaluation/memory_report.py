@@ -12,6 +12,8 @@ from .reporting import (
     accuracy_by_depth,
     depth_rows,
     draw_depths,
+    draw_perplexity,
+    draw_shares,
     new_axes,
     percent_with_interval,
     save_figure,
@@ -88,6 +90,10 @@ def _recall_rows(results: dict[str, Any], part: str) -> str:
 def _passkey(results: dict[str, Any]) -> str:
     labels = _labels(results, "passkey")
     text = table_head("exact match, %, by tokens", labels) + _recall_rows(results, "passkey")
+    times = {cell["length"]: cell["books_repeated"] for cell in results["passkey"] if "books_repeated" in cell}
+    if times:
+        told = ", ".join(f"{short_length(length)} {often} times" for length, often in times.items())
+        text += f"\nTexts longer than all books repeat these: {told}.\n"
     for name, cells in _by_model(results, "passkey"):
         text += "\n" + table_head(f"{_label(results, name)}, depth", labels)
         text += depth_rows(_depths(results, cells))
@@ -105,7 +111,9 @@ def _documents(results: dict[str, Any]) -> str:
 
 def _perplexity(results: dict[str, Any]) -> str:
     columns, reference = _columns(results, "perplexity"), results["settings"]["reference_length"]
-    text = table_head("perplexity, by tokens of context", _labels(results, "perplexity"))
+    stride = results["settings"].get("stride")
+    what = f"perplexity of all tokens, stride {stride}" if stride else "perplexity"
+    text = table_head(f"{what}, by tokens of context", _labels(results, "perplexity"))
     for name, cells in _by_model(results, "perplexity"):
         found = [cells.get(column) for column in columns]
         text += table_row(_label(results, name), ["" if cell is None else _number(cell["perplexity"]) for cell in found])
@@ -143,11 +151,8 @@ def _decode(results: dict[str, Any]) -> str:
 def _plot_recall(results: dict[str, Any], part: str, xlabel: str, path: Path) -> None:
     figure, axes = new_axes()
     for name, cells in _by_model(results, part):
-        columns = sorted(cells)
-        axes.plot(columns, [cells[column]["accuracy"] for column in columns], marker="o", label=_label(results, name))
-        low, high = zip(*(cells[column]["interval"] for column in columns), strict=True)
-        axes.fill_between(columns, low, high, alpha=0.15)
-    axes.set(ylim=(-0.02, 1.02), xlabel=xlabel, ylabel="exact match")
+        draw_shares(axes, _label(results, name), cells)
+    axes.set(xlabel=xlabel)
     set_length_ticks(axes, _columns(results, part), _labels(results, part))
     axes.legend()
     save_figure(figure, path)
@@ -162,15 +167,10 @@ def _plot_depths(results: dict[str, Any], name: str, cells: dict[int, dict[str, 
 
 
 def _plot_perplexity(results: dict[str, Any], path: Path) -> None:
-    from matplotlib.ticker import LogFormatter  # only plots need matplotlib
-
     figure, axes = new_axes()
     for name, cells in _by_model(results, "perplexity"):
-        points = [(length, cell["perplexity"]) for length, cell in sorted(cells.items()) if cell["perplexity"] is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=_label(results, name))
-    axes.set(yscale="log", xlabel="context, tokens", ylabel="perplexity")
-    axes.yaxis.set_minor_formatter(LogFormatter())  # the default writes 6.1 x 10^1 where perplexities are close
+        draw_perplexity(axes, _label(results, name), {length: cell["perplexity"] for length, cell in cells.items()})
+    axes.set(xlabel="context, tokens")
     set_length_ticks(axes, _columns(results, "perplexity"))
     axes.legend()
     save_figure(figure, path)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `remamba_hf.evaluation.memory` measures: answers about long texts, losses by length of context, cost of decoding.
 
-All texts are read once, in chunks that bound memory, and every question is put to a copy of the state behind its text.
+This package's models read a text once, in chunks that bound memory, and every question is put to a copy of the state behind
+its text. Any other model gets the text anew with every question, whole: slower, with the same answers.
 """
 
+import contextlib
+import inspect
 import math
+import re
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,17 +18,31 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 
+from remamba_hf.reading import prefill_bar
 from remamba_hf.training.recall_data import RecallText
 
-from .checkpoints import plain_reading
+from .checkpoints import plain_reading, reads_in_chunks
+from .prompt_reader import Prompt, Reader
 from .reporting import wilson_interval
+from .tasks import Sample
+from .timing import FEWEST_NEW_TOKENS, measure_generation, state_bytes, without_end
+from .timing import cache_bytes as cache_bytes
+
+DECODED = 16  # tokens, where the cost of decoding is measured
+MOST_TEXT_TOKENS = 1 << 24  # of all texts that are held at once: their ids take as many bytes, times a few dozen
 
 
 def rows_at_once(length: int, chunk_length: int, batch_tokens: int) -> int:
-    """Rows of `length` tokens whose chunks hold at most `batch_tokens`; at least one."""
-    return max(batch_tokens // min(length, chunk_length), 1)
+    """Rows of `length` tokens whose chunks hold at most `batch_tokens`, and they themselves `MOST_TEXT_TOKENS`; at least
+    one."""
+    return max(min(batch_tokens // min(length, chunk_length), MOST_TEXT_TOKENS // length), 1)
+
+
+def repeated(tokens: np.ndarray, length: int) -> np.ndarray:
+    """The books for a text of `length` tokens: as they are, or, where they have fewer, over and over, so that a text may
+    begin at any of their tokens."""
+    return tokens if length <= len(tokens) else np.resize(tokens, length + len(tokens))
 
 
 @torch.no_grad()
@@ -35,31 +52,69 @@ def ask(
     """Answers every question about texts, greedily; the state behind a text is copied for each of its questions.
 
     Args:
-        model: of any family; one that compresses prompts reads them plainly.
+        model: of any family; one that compresses prompts reads them plainly. Any other causal language model: it reads
+            whole prompts, as many at once as there are texts.
         texts: of equally many questions.
         chunk_length: tokens of a row that are read at once.
 
     Returns:
         The answers up to the end-of-text token, without white space around them, by text and question.
     """
+    keys = len(texts[0].asked)
+    new_tokens = max(len(fact.answer_ids) for text in texts for fact in text.asked)
+    if reads_in_chunks(model):
+        answers = _ask_copies(model, tokenizer, texts, chunk_length, new_tokens)
+    else:
+        prompts = [text.prompt_ids(key) for text in texts for key in range(keys)]
+        answers = answer_whole(model, tokenizer, prompts, new_tokens, len(texts))
+    return [answers[first : first + keys] for first in range(0, len(answers), keys)]
+
+
+def _ask_copies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[RecallText],
+    chunk_length: int,
+    new_tokens: int,
+) -> list[str]:
     shared = min(len(text.text_ids) for text in texts)
     questions = [
         np.concatenate([text.text_ids[shared:], fact.question_ids]) for text in texts for fact in text.asked
     ]  # what is left of longer texts is read with their questions, so that only these need pads
     options = {**plain_reading(model), "use_cache": True, "logits_to_keep": 1}
     ids = torch.from_numpy(np.stack([text.text_ids[:shared] for text in texts])).to(model.device)
-    cache = model(ids, prefill_chunk_length=chunk_length, **options).cache_params
+    with prefill_bar("reading") if shared > chunk_length else contextlib.nullcontext() as progress:
+        cache = model(ids, prefill_chunk_length=chunk_length, prefill_progress=progress, **options).cache_params
     copies = torch.arange(len(texts), device=model.device).repeat_interleave(len(texts[0].asked))
     cache.reorder_cache(copies)
     ids, mask = _left_padded(questions, int(tokenizer.pad_token_id), model.device)
     logits = model(ids, attention_mask=mask, cache_params=cache, prefill_chunk_length=chunk_length, **options).logits
     answer = [logits[:, -1].argmax(-1, keepdim=True)]
-    for _ in range(len(texts[0].asked[0].answer_ids) - 1):
+    for _ in range(new_tokens - 1):
         logits = model(answer[-1], cache_params=cache, **options).logits
         answer.append(logits[:, -1].argmax(-1, keepdim=True))
-    answers = [_decoded(tokenizer, row) for row in torch.cat(answer, dim=1).tolist()]
-    keys = len(texts[0].asked)
-    return [answers[first : first + keys] for first in range(0, len(answers), keys)]
+    return [_decoded(tokenizer, row) for row in torch.cat(answer, dim=1).tolist()]
+
+
+def answer_whole(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    new_tokens: int,
+    rows: int,
+) -> list[str]:
+    """Greedy answers of a model of another package to whole prompts, without white space around them.
+
+    Args:
+        prompts: ids of each.
+        new_tokens: of an answer, at most.
+        rows: prompts read at once, where the model can tell padding from text.
+    """
+    reader = Reader(model, tokenizer, {})
+    rows = rows if reader.reads_mask else 1
+    asked = [Prompt(Sample(str(number), "", new_tokens), ids.tolist(), len(ids)) for number, ids in enumerate(prompts)]
+    batches = (asked[first : first + rows] for first in range(0, len(asked), rows))
+    return [record["answer"].strip() for batch in batches for record in reader.answer(batch)]
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -103,16 +158,22 @@ def recall_records(
     return records
 
 
+def number_of(answer: str) -> str:
+    """The digits that an answer begins with: models that were not trained to stop behind them go on."""
+    found = re.match("[0-9]*", answer)
+    return found[0] if found else ""
+
+
 def _records(sample: int, text: RecallText, answers: Sequence[str]) -> list[dict[str, Any]]:
     numbers = {*text.other_numbers, *(fact.number for fact in text.asked)}
     return [
         {
             "sample": sample,
             "depth": round(fact.depth, 4),
-            "right": answer == fact.number,
+            "right": number_of(answer) == fact.number,
             "number": fact.number,
             "answer": answer,
-            "other": answer in numbers - {fact.number},
+            "other": number_of(answer) in numbers - {fact.number},
         }
         for fact, answer in zip(text.asked, answers, strict=True)
     ]
@@ -139,7 +200,33 @@ def window_ends(book_length: int, longest: int, windows: int) -> list[int]:
     return [int(longest + (book_length - longest) * (number + 0.5) / windows) for number in range(windows)]
 
 
+def strided_ends(book_length: int, longest: int, stride: int, windows: int) -> list[int]:
+    """Where windows of at most `longest` tokens end that follow one another every `stride` tokens. With the last `stride`
+    tokens of each counted, every token from `longest` - `stride` on counts once, whatever the windows' length.
+
+    Args:
+        windows: at most; 0 for all that the book has room for.
+    """
+    ends = list(range(longest, book_length + 1, stride))
+    return ends[:windows] if windows else ends
+
+
 @torch.no_grad()
+def last_logits(model: PreTrainedModel, ids: torch.Tensor, count: int, chunk_length: int) -> torch.Tensor:
+    """Logits [B, count, V] of the last positions of texts [B, L] long.
+
+    Args:
+        chunk_length: tokens of a row that this package's models read at once; others read whole texts.
+    """
+    if reads_in_chunks(model):
+        options: dict[str, Any] = {"prefill_chunk_length": chunk_length, **plain_reading(model)}
+    else:
+        options = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = count
+    return model(ids, use_cache=False, **options).logits[:, -count:]
+
+
 def window_losses(
     model: PreTrainedModel,
     books: Sequence[np.ndarray],
@@ -164,13 +251,7 @@ def window_losses(
     for first in tqdm(range(0, len(windows), rows), desc="windows", leave=False):
         pieces = [np.asarray(book[end - length : end], dtype=np.int64) for book, end in windows[first : first + rows]]
         ids = torch.from_numpy(np.stack(pieces)).to(model.device)
-        logits = model(
-            ids,
-            logits_to_keep=counted + 1,
-            use_cache=False,
-            prefill_chunk_length=chunk_length,
-            **plain_reading(model),
-        ).logits
+        logits = last_logits(model, ids, counted + 1, chunk_length)
         loss = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, -counted:], reduction="none")
         losses += loss.mean(1).tolist()
     taken = iter(losses)
@@ -207,53 +288,28 @@ def perplexity_ratio(entry: dict[str, Any], reference: dict[str, Any]) -> tuple[
     return math.exp(middle), (math.exp(middle - half), math.exp(min(middle + half, 700)))
 
 
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of all tensors that a cache's layers hold, whatever their names."""
-
-    def tensors(value: Any) -> list[torch.Tensor]:
-        if isinstance(value, torch.Tensor):
-            return [value]
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-        return [tensor for part in parts for tensor in tensors(part)]
-
-    return sum(tensor.nbytes for layer in cache.layers for tensor in tensors(vars(layer)))
-
-
-@torch.no_grad()
 def decoding_cost(
-    model: PreTrainedModel, tokens: np.ndarray, length: int, chunk_length: int, steps: int = 16, repeats: int = 5
+    model: PreTrainedModel, tokens: np.ndarray, length: int, chunk_length: int, steps: int = DECODED, repeats: int = 5
 ) -> dict[str, Any]:
     """What one row costs to decode behind a text of `length` tokens (books shorter than that are repeated).
 
     Returns:
         `state_bytes` behind the text and `state_bytes_after` behind what was decoded; `seconds_per_token`, the median of
-        `repeats` means over `steps` steps, with the least and the largest in `seconds_range`; on a GPU, `peak_bytes`
-        allocated while decoding, weights included.
+        `repeats` means over `steps` steps, with the least and the largest in `seconds_range`; `peak_bytes`, with weights:
+        allocated on a GPU, elsewhere of the whole process.
     """
     ids = torch.from_numpy(np.resize(np.asarray(tokens), length).astype(np.int64))[None].to(model.device)
-    options = {**plain_reading(model), "use_cache": True, "logits_to_keep": 1}
-    output = model(ids, prefill_chunk_length=chunk_length, **options)
-    cache, token = output.cache_params, output.logits[:, -1].argmax(-1, keepdim=True)
-    state_bytes = cache_bytes(cache)
-    del output
-    on_gpu = model.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(model.device)
-    seconds = []
-    for repeat in range(repeats + 1):  # the first warms up
-        if on_gpu:
-            torch.cuda.synchronize(model.device)
-        started = time.perf_counter()
-        for _ in range(steps):
-            token = model(token, cache_params=cache, **options).logits[:, -1].argmax(-1, keepdim=True)
-        if on_gpu:
-            torch.cuda.synchronize(model.device)
-        if repeat:
-            seconds.append((time.perf_counter() - started) / steps)
+    options = {**plain_reading(model), **({"prefill_chunk_length": chunk_length} if reads_in_chunks(model) else {})}
+    own, model = model.generation_config, without_end(model)
+    try:
+        cost = measure_generation(model, ids, FEWEST_NEW_TOKENS - 1 + steps, repeats, options)
+        before = state_bytes(model, ids, 1, options)
+    finally:
+        model.generation_config = own
     return {
-        "state_bytes": state_bytes,
-        "state_bytes_after": cache_bytes(cache),
-        "seconds_per_token": statistics.median(seconds),
-        "seconds_range": (min(seconds), max(seconds)),
-        "peak_bytes": torch.cuda.max_memory_allocated(model.device) if on_gpu else None,
+        "state_bytes": before,
+        "state_bytes_after": cost["state_bytes"],
+        "seconds_per_token": cost["step_s"],
+        "seconds_range": cost["step_range_s"],
+        "peak_bytes": cost["peak_bytes"],
     }

@@ -4,11 +4,14 @@
     python -m remamba_hf.evaluation.recall --model MODEL --plain-model PLAIN --books BOOKS --output recall.json
 
 Prompts are those of `remamba_hf.training.recall_data` in the books of a folder, which should not be books that the model
-was trained on. A cell of the results is one way of reading (see `VARIANTS`) at one length; the output file is written
-after every cell, and a run that was cut off goes on from it.
+was trained on; prompts longer than all books together repeat these from the beginning, and their cells have
+`books_repeated`, how often. MODEL is a ReMamba or ReMamba-2, PLAIN any causal language model of its tokenizer; given as
+MODEL, one that compresses nothing is read as it reads. A cell of the results is one way of reading (see `VARIANTS`) at one
+length; the output file is written after every cell, and a run that was cut off goes on from it.
 """
 
 import argparse
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,18 +22,38 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from remamba_hf.command_options import positive
 from remamba_hf.families import FAMILIES
-from remamba_hf.reading import PrefillWatch, watch_prefill
-from remamba_hf.training.book_tokens import encode_books, list_books, write_json
+from remamba_hf.reading import PrefillWatch, prefill_bar, watch_prefill
+from remamba_hf.training.book_tokens import encode_books, list_books
 from remamba_hf.training.recall_data import RecallSample, RecallSampler
 
-from .checkpoints import CPU_CHUNK_LENGTH, environment, loader
+from .causal_models import Checkpoint
+from .checkpoints import (
+    add_model_options,
+    check_positions,
+    check_tokenizer,
+    compression_weights,
+    default_chunk_length,
+    describe_checkpoint,
+    digest,
+    environment,
+    label_of,
+    loader,
+    open_checkpoint,
+    open_device,
+    open_tokenizer,
+    plain_reading,
+    reads_in_chunks,
+)
+from .memory_tasks import answer_whole, last_logits, number_of, repeated
 from .reporting import (
     accuracy_by_depth,
     depth_rows,
     draw_depths,
+    draw_shares,
     new_axes,
     percent,
     percent_with_interval,
@@ -41,6 +64,7 @@ from .reporting import (
     table_head,
     table_row,
     wilson_interval,
+    write_results,
 )
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -91,17 +115,23 @@ def answer(
         The texts, without white space around them, and the share of each asked number's digits that the compression
         kept (None without compression).
     """
+    new_tokens = max(len(sample.answer_ids) for sample in samples)
+    if not reads_in_chunks(model):
+        prompts = [sample.prompt_ids for sample in samples]
+        return answer_whole(model, tokenizer, prompts, new_tokens, len(samples)), [None] * len(samples)
     ids = torch.from_numpy(np.stack([sample.prompt_ids for sample in samples])).to(model.device)
-    settings: dict[str, Any] = {"compression_span": span, "compression_ratio": ratio} if compress else {}
-    with watch_prefill(model) as prefill:
+    settings: dict[str, Any] = {"compression_span": span, "compression_ratio": ratio} if compress else plain_reading(model)
+    chunk_length = default_chunk_length(str(model.device))
+    is_long = ids.shape[1] > chunk_length
+    with watch_prefill(model) as prefill, prefill_bar() if is_long else contextlib.nullcontext() as progress:
         generated = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=len(samples[0].answer_ids),
+            max_new_tokens=new_tokens,
             do_sample=False,
-            compress_prompt=compress,
-            prefill_chunk_length=CPU_CHUNK_LENGTH if model.device.type == "cpu" else None,
-            **settings,
+            prefill_chunk_length=chunk_length,
+            prefill_progress=progress,
+            **{"compress_prompt": True, **settings} if compress else settings,
         )
     texts = [text.strip() for text in tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)]
     return texts, [kept_digits(prefill, row, sample) if compress else None for row, sample in enumerate(samples)]
@@ -125,10 +155,11 @@ def recall_cell(
     """Asks for `settings.samples` facts in prompts of `length` tokens.
 
     Returns:
-        One record per prompt: `depth` (0 to 1), `inside` (the fact lies in the compression window), `right`, `answer`,
-        `number` and, compressed, `kept` (share of the number's digits that was kept).
+        One record per prompt: `depth` (0 to 1), `right`, `answer`, `number`; of a model that has one, `inside` (the fact
+        lies in the compression window) and, compressed, `kept` (share of the number's digits that was kept).
     """
-    window = model.backbone.plan_windows([length], [length], None, settings.span, settings.ratio)[0]
+    has_window = bool(plain_reading(model))
+    window = model.backbone.plan_windows([length], [length], None, settings.span, settings.ratio)[0] if has_window else None
     rows = max(batch_tokens // length, 1)
     records: list[dict[str, Any]] = []
     for first in range(0, settings.samples, rows):
@@ -141,11 +172,12 @@ def recall_cell(
         for sample, text, share in zip(samples, answers, kept, strict=True):
             record = {
                 "depth": round(sample.depth, 4),
-                "inside": window.start <= sample.digits[0] and sample.digits[1] <= window.stop,
-                "right": text == sample.number,
+                "right": number_of(text) == sample.number,
                 "number": sample.number,
                 "answer": text,
             }
+            if window is not None:
+                record["inside"] = window.start <= sample.digits[0] and sample.digits[1] <= window.stop
             records.append(record if share is None else {**record, "kept": share})
     return records
 
@@ -162,7 +194,7 @@ def text_perplexity(
     total = 0.0
     for end in generator.integers(longest, len(tokens) + 1, size=samples).tolist():
         ids = torch.from_numpy(np.asarray(tokens[end - length : end], dtype=np.int64))[None].to(model.device)
-        logits = model(ids, compress_prompt=False, logits_to_keep=counted + 1, use_cache=False).logits
+        logits = last_logits(model, ids, counted + 1, default_chunk_length(str(model.device)))
         total += F.cross_entropy(logits[0, :-1].float(), ids[0, -counted:]).item()
     return math.exp(total / samples)
 
@@ -170,7 +202,7 @@ def text_perplexity(
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Counts, accuracy, its 95 % interval, and the mean share of digits kept (of facts in the window)."""
     right = sum(record["right"] for record in records)
-    kept = [record["kept"] for record in records if record["inside"] and "kept" in record]
+    kept = [record["kept"] for record in records if record.get("inside") and "kept" in record]
     return {
         "samples": len(records),
         "right": right,
@@ -188,6 +220,7 @@ def evaluate(
     output: Path,
     batch_tokens: int,
     description: dict[str, Any] | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Fills all cells, those already in `output` excepted.
 
@@ -199,6 +232,7 @@ def evaluate(
         output: JSON file, rewritten after every cell.
         batch_tokens: prompt tokens read at once.
         description: goes into the file as it is, and must be the same when a run goes on.
+        device: of the models, to be named in the file.
 
     Returns:
         The content of the file.
@@ -207,17 +241,20 @@ def evaluate(
         ValueError: `output` holds the results of other settings.
     """
     header = {"settings": {**asdict(settings), "lengths": list(settings.lengths)}, "description": description or {}}
-    results = start_or_continue(output, header, {"environment": environment(), "cells": [], "perplexity": []})
-    sampler = RecallSampler(tokens, tokenizer, settings.seed, settings.digits)
+    results = start_or_continue(output, header, {"environment": environment(device), "cells": [], "perplexity": []})
     done = {(cell["variant"], cell["length"]) for cell in results["cells"]}
     with tqdm(total=len(models) * len(settings.lengths), desc="cells") as progress:
         for variant, (load, compress) in models.items():
             for length in settings.lengths:
                 if (variant, length) not in done:
+                    books = repeated(tokens, length)
+                    sampler = RecallSampler(books, tokenizer, settings.seed, settings.digits)
                     records = recall_cell(load(), tokenizer, sampler, length, compress, settings, batch_tokens)
                     cell = {"variant": variant, "length": length, **summarize(records), "records": records}
+                    if len(books) > len(tokens):
+                        cell["books_repeated"] = round(length / len(tokens), 2)
                     results["cells"].append(cell)
-                    write_json(output, results)
+                    write_results(output, results)
                 progress.update()
     _fill_perplexity(models, tokens, settings, results, output)
     return results
@@ -231,17 +268,18 @@ def _fill_perplexity(
     output: Path,
 ) -> None:
     done = {(entry["variant"], entry["length"]) for entry in results["perplexity"]}
+    lengths = [length for length in settings.lengths if length <= len(tokens)]  # repeated texts have another perplexity
     for variant, (load, compress) in models.items():
-        for length in settings.lengths if settings.perplexity_tokens and not compress else ():
+        for length in lengths if settings.perplexity_tokens and not compress else ():
             if (variant, length) in done:
                 continue
-            longest = max(settings.lengths)
+            longest = max(lengths)
             count, samples = min(settings.perplexity_tokens, min(settings.lengths) - 1), min(settings.samples, 16)
             value = text_perplexity(load(), tokens, length, count, samples, settings.seed, longest)
             results["perplexity"].append(
                 {"variant": variant, "length": length, "tokens": count, "samples": samples, "perplexity": value}
             )
-            write_json(output, results)
+            write_results(output, results)
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -251,7 +289,7 @@ def markdown_table(results: dict[str, Any]) -> str:
     text = table_head("exact match, %", columns) + _rows(results, lengths)
     for name, inside in (("in the window", True), ("behind the window", False)):
         rows = _rows(results, lengths, inside, ("compressed",))
-        label = _label(results, "compressed")
+        label = variant_label(results, "compressed")
         text += rows.replace(label, f"{label}, fact {name}")
     kept = {cell["length"]: cell["digits_kept"] for cell in results["cells"] if cell["variant"] == "compressed"}
     if kept:
@@ -262,7 +300,7 @@ def markdown_table(results: dict[str, Any]) -> str:
     if by_variant:
         text += "\n" + table_head("perplexity", columns)
     for variant, values in by_variant.items():
-        text += table_row(_label(results, variant), [f"{values[n]:.1f}" if n in values else "" for n in lengths])
+        text += table_row(variant_label(results, variant), [f"{values[n]:.1f}" if n in values else "" for n in lengths])
     return text
 
 
@@ -272,8 +310,14 @@ def depth_table(results: dict[str, Any], variant: str = "compressed") -> str:
     return table_head("depth", columns) + depth_rows(_accuracy_by_depth(results, variant))
 
 
-def _label(results: dict[str, Any], variant: str) -> str:
-    family = FAMILIES[results.get("description", {}).get("family", "remamba")]
+def variant_label(results: dict[str, Any], variant: str) -> str:
+    """A way of reading, for people."""
+    description = results.get("description", {})
+    family = FAMILIES.get(description.get("family", "remamba"))
+    if variant == "plain" and "plain" in description.get("models", {}):
+        return f"{description['models']['plain']['label']}{', same data' if family else ''}"
+    if family is None:
+        return variant
     return VARIANTS.get(variant, variant).format(family=family.name, plain=family.plain_name)
 
 
@@ -290,9 +334,9 @@ def _rows(
         shown = []
         for length in lengths:
             records = cells.get((variant, length), ())
-            counted = [record["right"] for record in records if inside is None or record["inside"] == inside]
+            counted = [record["right"] for record in records if inside is None or record.get("inside") == inside]
             shown.append(percent_with_interval(sum(counted), len(counted)))
-        text += table_row(_label(results, variant), shown)
+        text += table_row(variant_label(results, variant), shown)
     return text
 
 
@@ -306,15 +350,17 @@ def plot_lengths(results: dict[str, Any], path: str | Path) -> None:
     """Draws exact match by length, a line with its 95 % interval for every variant."""
     figure, axes = new_axes()
     for variant in dict.fromkeys(cell["variant"] for cell in results["cells"]):
-        cells = sorted((cell for cell in results["cells"] if cell["variant"] == variant), key=lambda cell: cell["length"])
-        lengths = [cell["length"] for cell in cells]
-        axes.plot(lengths, [cell["accuracy"] for cell in cells], marker="o", label=_label(results, variant))
-        low, high = zip(*(cell["interval"] for cell in cells), strict=True)
-        axes.fill_between(lengths, low, high, alpha=0.15)
-    axes.set(ylim=(-0.02, 1.02), xlabel="prompt, tokens", ylabel="exact match")
+        cells = {cell["length"]: cell for cell in results["cells"] if cell["variant"] == variant}
+        draw_shares(axes, variant_label(results, variant), cells)
+    axes.set(xlabel="prompt, tokens")
     set_length_ticks(axes, results["settings"]["lengths"])
     axes.legend()
     save_figure(figure, path)
+
+
+def first_variant(results: dict[str, Any]) -> str:
+    """The way of reading that a run is about."""
+    return str(results["cells"][0]["variant"])
 
 
 def plot_depths(results: dict[str, Any], path: str | Path, variant: str = "compressed") -> None:
@@ -322,20 +368,20 @@ def plot_depths(results: dict[str, Any], path: str | Path, variant: str = "compr
     figure, axes = new_axes()
     columns = [short_length(length) for length in results["settings"]["lengths"]]
     image = draw_depths(axes, _accuracy_by_depth(results, variant), columns)
-    axes.set(xlabel="prompt, tokens", title=_label(results, variant))
+    axes.set(xlabel="prompt, tokens", title=variant_label(results, variant))
     figure.colorbar(image, label="exact match")
     save_figure(figure, path)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None, program: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a ReMamba or ReMamba-2")
-    parser.add_argument("--plain-model", help="folder or Hub id of a plain model of the same tokenizer, to compare with")
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--plain-model", help="folder or Hub id of another model of the same tokenizer, to compare with")
     parser.add_argument("--books", "--data", required=True, help="folder of .txt books that the models were not trained on")
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--plots", type=Path, help="folder for the two plots")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="prompt lengths, tokens")
-    parser.add_argument("--samples", type=int, default=100, help="prompts per length and variant")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=list(LENGTHS), help="prompt lengths, tokens")
+    parser.add_argument("--samples", type=positive, default=100, help="prompts per length and variant")
     parser.add_argument("--distractors", type=int, default=0, help="facts about other people in every prompt")
     parser.add_argument("--digits", type=int, default=5, help="length of the numbers")
     parser.add_argument("--seed", type=int, default=RecallSettings.seed)
@@ -343,19 +389,36 @@ def parse_arguments(arguments: Sequence[str] | None = None, program: str | None 
     parser.add_argument("--ratio", type=float, help="compression ratio rho (default: the model's)")
     parser.add_argument("--only-compressed", action="store_true", help="leave out reading without compression")
     parser.add_argument("--perplexity-tokens", type=int, default=512, help="0 leaves perplexity out")
-    parser.add_argument("--batch-tokens", type=int, default=262_144, help="prompt tokens read at once")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-tokens", type=positive, default=262_144, help="prompt tokens read at once")
+    add_model_options(parser)
     return parser.parse_args(arguments)
+
+
+def describe(
+    checkpoint: Checkpoint, plain: Checkpoint | None, load: dict[str, Callable[[], PreTrainedModel]]
+) -> dict[str, Any]:
+    """What names the models of a run, and lets it, and a card, know them again."""
+    description: dict[str, Any] = {"family": checkpoint.config.model_type, "models": {}}
+    if checkpoint.compresses:
+        names = ("compression_start", "compression_span", "compression_ratio", "compression_max_kept")
+        description["model_settings"] = {name: getattr(checkpoint.config, name) for name in names}
+        model = load["compressed"]()
+        own = describe_checkpoint(checkpoint.config.model_type, model)
+        description["models"]["model"] = {**own, "compression_weights": digest(compression_weights(model))}
+    other = plain if checkpoint.compresses else checkpoint
+    if other is not None:
+        description["models"]["plain"] = describe_checkpoint(other.config.model_type, load["plain"]())
+    return description
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
     options = parse_arguments(arguments, program)
-    config = AutoConfig.from_pretrained(options.model)
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"{options.model} is a {config.model_type!r} model, which compresses nothing. Give one of {sorted(FAMILIES)}, "
-            "or use remamba_hf.evaluation.memory."
-        )
+    checkpoint, device = open_checkpoint(options.model, options), open_device(options)
+    plain = open_checkpoint(options.plain_model, options) if options.plain_model else None
+    if not checkpoint.compresses:
+        _check_nothing_to_compress(options, checkpoint)
+    for each in (checkpoint, plain) if plain else (checkpoint,):
+        check_positions(each, max(options.lengths) + options.digits + 2, "--lengths")
     settings = RecallSettings(
         lengths=tuple(options.lengths),
         samples=options.samples,
@@ -366,30 +429,42 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         ratio=options.ratio,
         perplexity_tokens=options.perplexity_tokens,
     )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = open_tokenizer(checkpoint, options)
+    for each in (checkpoint, plain) if plain else (checkpoint,):
+        check_tokenizer(each, tokenizer)
     paths = list_books(options.books)
     tokens = encode_books(paths, tokenizer, seed=None)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     cache: dict[str, PreTrainedModel] = {}
-    models = {"compressed": (loader(options.model, options.device, cache), True)}
-    if not options.only_compressed:
-        models["uncompressed"] = (loader(options.model, options.device, cache), False)
-    if options.plain_model:
-        models["plain"] = (loader(options.plain_model, options.device, cache), False)
-    names = ("compression_start", "compression_span", "compression_ratio", "compression_max_kept")
+    own = loader(checkpoint, device, cache, options.dtype)
+    models = {"compressed": (own, True)} if checkpoint.compresses else {"plain": (own, False)}
+    if checkpoint.compresses and not options.only_compressed:
+        models["uncompressed"] = (own, False)
+    if plain is not None:
+        models["plain"] = (loader(plain, device, cache, options.dtype), False)
     description = {
-        "family": config.model_type,
+        **describe(checkpoint, plain, {name: load for name, (load, _) in models.items()}),
         "books": [path.name for path in paths],
         "tokens": len(tokens),
-        "model_settings": {name: getattr(config, name) for name in names},
     }
-    results = evaluate(models, tokenizer, tokens, settings, options.output, options.batch_tokens, description)
+    results = evaluate(models, tokenizer, tokens, settings, options.output, options.batch_tokens, description, device)
     print(markdown_table(results))
-    print(depth_table(results))
+    print(depth_table(results, first_variant(results)))
     if options.plots:
         options.plots.mkdir(parents=True, exist_ok=True)
         plot_lengths(results, options.plots / "recall_by_length.png")
-        plot_depths(results, options.plots / "recall_by_depth.png")
+        plot_depths(results, options.plots / "recall_by_depth.png", first_variant(results))
+
+
+def _check_nothing_to_compress(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    given = {"--plain-model": options.plain_model, "--span": options.span, "--ratio": options.ratio}
+    names = [name for name, value in given.items() if value is not None]
+    names += ["--only-compressed"] if options.only_compressed else []
+    if names:
+        raise ValueError(
+            f"{checkpoint.name} is a {label_of(checkpoint.config.model_type)}, which compresses nothing: leave out "
+            f"{', '.join(names)}, or give a ReMamba or ReMamba-2 as --model"
+        )
 
 
 if __name__ == "__main__":

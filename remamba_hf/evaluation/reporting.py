@@ -3,11 +3,15 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from remamba_hf.training.book_tokens import write_json
 
 DEPTHS = 10  # parts of a text that depths are counted in
 
@@ -16,14 +20,40 @@ def start_or_continue(output: Path, header: Mapping[str, Any], rest: Mapping[str
     """The results in `output` to go on from, or new ones: `header`, and then `rest`.
 
     Raises:
-        ValueError: the file holds results under another header.
+        ValueError: the file holds no results, or such under another header.
     """
     if not output.exists():
         return {**header, **rest}
-    results = json.loads(output.read_text())
-    if any(results.get(name) != json.loads(json.dumps(value)) for name, value in header.items()):
-        raise ValueError(f"{output} holds results of other settings: name another output, or remove it")
-    return results
+    try:
+        results = json.loads(output.read_text())
+    except ValueError as error:
+        raise ValueError(f"{output} holds no results ({error}): name another output, or remove it") from error
+    wanted = json.loads(json.dumps(header))
+    found = results if isinstance(results, dict) else {}
+    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    if differing:
+        raise ValueError(
+            f"{output} holds results of other settings (see its {', '.join(differing)}): name another output, or remove it"
+        )
+    return {**rest, **found}
+
+
+def write_results(output: Path, results: dict[str, Any]) -> None:
+    """Writes results with the time of the last of them as `date`, so that a reader never sees half a file."""
+    results["date"] = utc_now()
+    write_json(output, results)
+
+
+def write_table(path: Path, text: str) -> None:
+    """Writes a text under a temporary name and renames it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def utc_now() -> str:
+    """The time in ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -92,13 +122,52 @@ def depth_rows(accuracy: np.ndarray) -> str:
 
 def new_axes() -> tuple[Any, Any]:
     """A figure and its axes, without a display."""
+    figure, axes = new_panels(1)
+    return figure, axes[0]
+
+
+def new_panels(count: int, columns: int = 3) -> tuple[Any, list[Any]]:
+    """A figure of several panels, row by row, and their axes."""
     # Imported here: only plots need matplotlib (`pip install remamba_hf[eval]`).
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    size = (7, 4) if count == 1 else (5 * columns, 3.8 * rows)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for empty in axes[count:]:
+        empty.axis("off")
+    return figure, axes[:count]
+
+
+def draw_shares(axes: Any, label: str, cells: Mapping[int, Mapping[str, Any]]) -> None:
+    """A line of `accuracy` by column, with its `interval`."""
+    columns = sorted(cells)
+    axes.plot(columns, [cells[column]["accuracy"] for column in columns], marker="o", label=label)
+    low, high = zip(*(cells[column]["interval"] for column in columns), strict=True)
+    axes.fill_between(columns, low, high, alpha=0.15)
+    axes.set(ylim=(-0.02, 1.02), ylabel="exact match")
+
+
+def draw_perplexity(axes: Any, label: str, values: Mapping[int, float | None]) -> None:
+    """A line of perplexity by length; None stands for what is not finite, and is left out."""
+    points = [(length, value) for length, value in sorted(values.items()) if value is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(ylabel="perplexity")
+    set_log_scale(axes)
+
+
+def set_log_scale(axes: Any) -> None:
+    """A logarithmic axis of values with their plain numbers: the default writes 6.1 x 10^1 where values are close."""
+    from matplotlib.ticker import LogFormatter  # only plots need matplotlib
+
+    axes.set(yscale="log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
 
 
 def set_length_ticks(axes: Any, lengths: Sequence[int], labels: Sequence[str] | None = None) -> None:

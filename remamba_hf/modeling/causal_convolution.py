@@ -59,8 +59,8 @@ def causal_conv1d(
     tensors = (x, weight, bias, initial_state)
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if kernels_enabled() and not needs_gradient and not torch.compiler.is_compiling() and can_convolve(*tensors):
-        y, final_state = convolve_forward(*tensors, lengths)
-        return y, final_state if return_final_state else None
+        y, state = convolve_forward(*tensors, lengths)
+        return y, state if return_final_state else None
     final_state = _final_state(x, weight.shape[-1], initial_state, lengths) if return_final_state else None
     kernel = usable_kernel("causal_convolution", x, weight, bias, initial_state)
     if kernel is not None and _kernel_takes(x, weight, initial_state):
