@@ -126,7 +126,9 @@ def test_each_family_travels_with_its_own_files():
     assert files_of("remamba2") == {"configuration_remamba2.py", "modeling_remamba2.py", "state_space_dual.py"}
     memory = {"note_kernels.py", "note_memory.py", "note_pool.py"}
     assert files_of("memmamba") == {"configuration_memmamba.py", "modeling_memmamba.py"} | memory
-    assert files_of("remamba", "memmamba") == {"mamba_mixer.py", "scan_kernels.py", "selective_scan.py"}
+    assert files_of("remamba", "memmamba") == {
+        *("mamba_mixer.py", "scan_gradients.py", "scan_kernels.py", "selective_scan.py")
+    }
     compression = {"configuration_two_stage.py", "selective_compression.py", "two_stage_generation.py", "two_stage_model.py"}
     assert files_of("remamba", "remamba2") == compression
     assert not files_of("remamba2", "memmamba")

@@ -35,8 +35,10 @@ ALLOWED_IN = {"optional_kernels.py": {"importlib"}, "recurrent_model.py": {"path
 THIRD_PARTY = {"torch", "transformers"}
 # Triton's language has names that elsewhere read files.
 ALLOWED_ON = {
+    "convolution_kernels.py": {"tl"},
     "decode_kernels.py": {"tl", "triton"},
     "note_kernels.py": {"tl"},
+    "scan_gradients.py": {"tl"},
     "scan_kernels.py": {"tl"},
     "token_loss.py": {"tl"},
 }

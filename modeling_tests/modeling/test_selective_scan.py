@@ -13,11 +13,9 @@ from remamba_hf.modeling import selective_scan as module
 from remamba_hf.modeling.optional_kernels import without_kernels
 from remamba_hf.modeling.precision import with_shift
 from remamba_hf.modeling.selective_scan import (
-    linear_by_length,
     selective_scan,
     selective_scan_naive,
     selective_scan_step,
-    wants_length_fastest,
 )
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "initial_state")
@@ -367,19 +365,23 @@ def test_a_mixer_hands_its_bias_over_only_where_that_changes_nothing(dtype):
 
 @pytest.fixture
 def own_kernel(monkeypatch):
-    """Arguments of calls of `scan_forward`, which runs on GPUs alone: a stand-in that computes."""
+    """Calls of `scan_forward` and `scan_with_gradients`, which run on GPUs alone: stand-ins that compute."""
     calls = []
 
-    def scan_forward(*arguments):
-        calls.append(arguments)
-        return selective_scan_naive(*arguments)
+    def stand_in(name):
+        def scan(*arguments):
+            calls.append(name)
+            return selective_scan_naive(*arguments)
+
+        return scan
 
     monkeypatch.setattr(module, "can_scan", lambda *tensors: True)
-    monkeypatch.setattr(module, "scan_forward", scan_forward)
+    for name in ("scan_forward", "scan_with_gradients"):
+        monkeypatch.setattr(module, name, stand_in(name))
     return calls
 
 
-def test_the_own_kernel_is_for_what_needs_no_gradient(own_kernel):
+def test_the_own_kernels_are_one_for_what_needs_no_gradient_and_one_for_what_does(own_kernel):
     arguments = raw_inputs(2, 9, 5, 4, dtype=torch.float32)
     lengths = torch.tensor([9, 4])
     expected = with_raw_steps(selective_scan_naive, lengths)(*arguments)
@@ -392,12 +394,19 @@ def test_the_own_kernel_is_for_what_needs_no_gradient(own_kernel):
             assert torch.equal(found, wanted)
         assert torch.equal(alone, expected[0])
         assert none is None
-    assert len(own_kernel) == 6
+    assert own_kernel == ["scan_forward"] * 6
+    own_kernel.clear()
     for gradient in range(len(arguments)):
         with_raw_steps(selective_scan)(*[a.clone().requires_grad_(i == gradient) for i, a in enumerate(arguments)])
+    assert own_kernel == ["scan_with_gradients"] * len(arguments)
+    own_kernel.clear()
+    added = torch.zeros(5, requires_grad=True)
+    with_raw_steps(selective_scan, shift=(torch.tensor([0]), added))(*arguments)
+    assert own_kernel == ["scan_with_gradients"]
     with without_kernels():
         with_raw_steps(selective_scan)(*arguments)
-    assert len(own_kernel) == 6
+        with_raw_steps(selective_scan)(*[a.clone().requires_grad_() for a in arguments])
+    assert len(own_kernel) == 1
 
 
 def test_an_own_kernel_that_fails_is_left_alone(own_kernel, monkeypatch):
@@ -415,7 +424,7 @@ def test_an_own_kernel_that_fails_is_left_alone(own_kernel, monkeypatch):
     for error in (torch.cuda.OutOfMemoryError, ValueError):
         with pytest.raises(error):
             with_raw_steps(selective_scan)(*arguments)
-    with pytest.warns(UserWarning, match="without the own scan kernel.*no compiler"):
+    with pytest.warns(UserWarning, match="without its own kernel.*no compiler"):
         first = with_raw_steps(selective_scan)(*arguments)
     for result in (first, with_raw_steps(selective_scan)(*arguments)):
         assert all(torch.equal(found, wanted) for found, wanted in zip(result, expected, strict=True))
@@ -583,30 +592,3 @@ def test_pieces_through_the_cuda_kernel_make_the_whole(kernel_calls, cut):
 
     expected = values_and_gradients(selective_scan_naive, [a.double() for a in arguments])
     assert_results(values_and_gradients(in_pieces, arguments), expected, 5e-5)
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_projection_laid_out_by_length(parts, bias):
-    """The same numbers and gradients as nn.Linear; L is the fastest dimension, and rows and tokens are one."""
-    torch.manual_seed(0)
-    x = torch.randn(3, 7, 10, dtype=torch.float64)[..., 2:8].requires_grad_()
-    weight = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    offset = torch.randn(4, dtype=torch.float64, requires_grad=True) if bias else None
-    expected = F.linear(x, weight, offset)
-    found = linear_by_length(x, weight, offset, parts)
-    assert len(found) == parts
-    assert torch.allclose(torch.cat(found, dim=-1), expected, atol=1e-12)
-    for part in found:
-        assert part.stride()[:2] == (7, 1)
-        assert part.flatten(0, 1).data_ptr() == part.data_ptr(), "rows and tokens are no longer one dimension"
-    leaves = [t for t in (x, weight, offset) if t is not None]
-    factor = torch.randn_like(expected)
-    gradients = torch.autograd.grad((torch.cat(found, dim=-1) * factor).sum(), leaves)
-    for gradient, wanted in zip(gradients, torch.autograd.grad((expected * factor).sum(), leaves), strict=True):
-        assert torch.allclose(gradient, wanted, atol=1e-12)
-
-
-def test_on_a_cpu_nothing_is_laid_out_by_length():
-    x, weight = torch.randn(2, 5, 3, requires_grad=True), torch.randn(4, 3)
-    assert not wants_length_fastest(x, weight)

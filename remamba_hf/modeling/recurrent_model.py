@@ -145,9 +145,7 @@ class RecurrentMixer(OwnStart):
         """A of the recurrence, negative, in float32 at least."""
         raise NotImplementedError
 
-    def update_cache(
-        self, cache_params: Cache | None, conv_state: torch.Tensor | None, state: torch.Tensor | None
-    ) -> None:
+    def update_cache(self, cache_params: Cache | None, conv_state: torch.Tensor | None, state: torch.Tensor | None) -> None:
         """Leave the states that a pass ended with in the cache, if there is one."""
         if cache_params is not None:
             cache_params.update_conv_state(conv_state, self.layer_idx, conv_kernel_size=self.config.conv_kernel)
