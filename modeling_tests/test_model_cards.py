@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import remamba_hf
 from model_cards.copy_code import travelling_files
+from remamba_hf.evaluation import fidelity, memory, memory_report, recall
+from remamba_hf.evaluation.card import BEGIN, END, plan_update
 from remamba_hf.reading import Reading, load_for_reading, read_and_answer
 
 ROOT = Path(remamba_hf.__file__).parent.parent
@@ -99,3 +103,87 @@ def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, book: str, p
 def test_its_tokenizer_makes_one_token_of_every_digit(card):
     tokenizer = AutoTokenizer.from_pretrained(card)
     assert len(tokenizer("48213", add_special_tokens=False)["input_ids"]) == 5
+
+
+def result_files(card: Path) -> list[Path]:
+    """The files that the numbers of a card are of, in its order."""
+    block = (card / "README.md").read_text().split(BEGIN)[1].split(END)[0]
+    return list(dict.fromkeys(card / name for name in re.findall(r"^- \[(.+?)\]", block, re.MULTILINE)))
+
+
+def test_its_numbers_are_those_of_its_results(card):
+    """`remamba card` over the files that the card names has nothing to change, and no file of results is left out."""
+    files = result_files(card)
+    assert {file for file in (card / "evaluation").glob("*.json") if not file.name.startswith("training")} == set(files)
+    update = plan_update(card, files)
+    assert "".join(change.diff(card) for change in update.changes) == ""
+    results = ModelCard.load(card / "README.md").data.eval_results
+    shares = [one.metric_value for one in results if one.metric_type == "exact_match"]
+    assert 0 < len(shares) < len(results) <= update.scores
+    assert all(0 <= share <= 100 for share in shares)
+
+
+def test_the_hub_can_read_its_front_matter(card):
+    data = yaml.safe_load((card / "README.md").read_text().split("---\n")[1])
+    (model,) = data["model-index"]
+    assert model["name"] == card.name
+    for result in model["results"]:
+        assert set(result) == {"task", "dataset", "metrics"}
+        assert result["task"]["type"] == data["pipeline_tag"]
+        assert {"type", "name", "config", "args"} <= set(result["dataset"])
+        assert len({metric["name"] for metric in result["metrics"]}) == len(result["metrics"])
+        for metric in result["metrics"]:
+            assert isinstance(metric["type"], str)
+            assert isinstance(metric["value"], float)
+
+
+def test_rows_of_other_models_are_those_that_the_results_print(card):
+    """The tables beside those of `remamba card`, with baselines and other seeds."""
+    printed = [row for file in result_files(card) for row in rows_of(tables(json.loads(file.read_text())))]
+    before, rest = (card / "README.md").read_text().split(BEGIN)
+    rows = rows_of(before) + rows_of(rest.split(END)[1])
+    assert rows
+    assert [row for row in rows if row not in printed] == []
+
+
+def tables(results: dict) -> str:
+    """As `remamba eval` prints them."""
+    if "cells" in results:
+        return recall.markdown_table(results)
+    return fidelity.markdown_tables(results) if "models" in results else memory_report.markdown_tables(results)
+
+
+def rows_of(text: str) -> list[tuple[str, ...]]:
+    """The cells behind the first of every row of tables about a measure; empty ones at the end are left out."""
+    rows, about = [], ""
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            about = ""
+        elif not about:
+            about = line.strip("| ")
+        elif re.match("exact match|perplexity|ETMF|ECLMF", about) and "---" not in line:
+            cells = [cell.strip() for cell in line.strip("|").split("|")[1:]]
+            while cells and not cells[-1]:
+                cells.pop()
+            rows.append((re.split("[ ,]", about)[0], *cells))
+    return rows
+
+
+def test_links_lead_to_files(card):
+    links = re.findall(r"\]\((?!http)([^)]+)\)", (card / "README.md").read_text())
+    assert links
+    assert [link for link in links if not (card / link).exists()] == []
+
+
+def test_commands_have_options_that_are_there(card):
+    """Of `remamba eval` and the memory module, as far as the parsers tell."""
+    text = (card / "README.md").read_text().split("## Reproduce")[1]
+    commands = re.findall(r"^(?:remamba eval (\w+)|python -m remamba_hf\.evaluation\.(\w+)) (.*)$", text, re.MULTILINE)
+    assert commands
+    parts = {"passkey": ["passkey"], "documents": ["documents"], "memory": None}
+    for task, module, written in commands:
+        arguments = written.replace("$MODELS", "--model A B --plain-model C --books D").replace("$LENGTHS", "1024").split()
+        if (task or module) in parts:
+            memory.parse_arguments(arguments, parts=parts[task or module])
+        else:
+            {"recall": recall, "fidelity": fidelity}[task].parse_arguments(arguments)

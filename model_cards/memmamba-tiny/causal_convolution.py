@@ -9,7 +9,8 @@ A row may hold pads after its tokens: `lengths` says how many tokens count, and 
 import torch
 import torch.nn.functional as F
 
-from .optional_kernels import usable_kernel
+from .convolution_kernels import can_convolve, convolve_forward
+from .optional_kernels import kernels_enabled, usable_kernel
 
 
 def causal_conv1d_naive(
@@ -39,7 +40,8 @@ def causal_conv1d(
     bias: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    return_final_state: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`silu(conv(x) + bias)`, every channel on its own, seeing only the past.
 
     Args:
@@ -48,11 +50,18 @@ def causal_conv1d(
         bias: [E], or None.
         initial_state: [B, E, W], the inputs before x (None: zeros). Gradients flow to it.
         lengths: [B] long, tokens that count in each row, the rest are pads behind them (None: all L).
+        return_final_state: without it the state is not returned.
 
     Returns:
-        The output [B, L, E] in x's dtype (arbitrary at pads), and the final state [B, E, W], both with gradients.
+        The output [B, L, E] in x's dtype (arbitrary at pads), and the final state [B, E, W] (None if not asked for), both
+        with gradients.
     """
-    final_state = _final_state(x, weight.shape[-1], initial_state, lengths)
+    tensors = (x, weight, bias, initial_state)
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if kernels_enabled() and not needs_gradient and not torch.compiler.is_compiling() and can_convolve(*tensors):
+        y, state = convolve_forward(*tensors, lengths)
+        return y, state if return_final_state else None
+    final_state = _final_state(x, weight.shape[-1], initial_state, lengths) if return_final_state else None
     kernel = usable_kernel("causal_convolution", x, weight, bias, initial_state)
     if kernel is not None and _kernel_takes(x, weight, initial_state):
         y = _convolve_cuda(kernel, x, weight, bias, initial_state)

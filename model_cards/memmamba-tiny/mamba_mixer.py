@@ -24,7 +24,7 @@ from .decode_kernels import (
 )
 from .precision import at_least_float32, state_dtype
 from .recurrent_model import RecurrentMixer, RMSNorm, depthwise_convolution, is_unhooked
-from .selective_scan import linear_by_length, selective_scan, selective_scan_step, wants_length_fastest
+from .selective_scan import selective_scan, selective_scan_step
 
 
 class StepProjection(nn.Linear):
@@ -89,11 +89,11 @@ class MambaMixer(RecurrentMixer):
             onto: see `project`.
         """
         conv_state, ssm_state = self.cached_states(cache_params)
-        x, z = self._inner_states(hidden_states, conv_state)
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         if conv_state is not None and ssm_state is not None and adaptation is None and self.decodes(hidden_states, lengths):
             return self.out_proj(self._step(x[:, 0], z[:, 0], conv_state, ssm_state).unsqueeze(1))
 
-        x, conv_state = self.convolve(x, conv_state, lengths)
+        x, conv_state = self.convolve(x, conv_state, lengths, cache_params is not None)
         step, B, C = self.x_proj(x).split(self.split_sizes, dim=-1)
         dt, dt_bias = self._step_size(step, adaptation)
         y, ssm_state = selective_scan(
@@ -113,18 +113,6 @@ class MambaMixer(RecurrentMixer):
         )
         self.update_cache(cache_params, conv_state, ssm_state)
         return self.project(y, onto)
-
-    def _inner_states(
-        self, hidden_states: torch.Tensor, conv_state: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What in_proj makes of [B, L, H]: x and the gate z, [B, L, E] each."""
-        module = self.in_proj
-        plain = type(module) is nn.Linear and is_unhooked(module) and conv_state is None
-        if plain and wants_length_fastest(hidden_states, module.weight):
-            x, z = linear_by_length(hidden_states, module.weight, module.bias, parts=2)
-        else:
-            x, z = module(hidden_states).chunk(2, dim=-1)
-        return x, z
 
     def _step(self, x: torch.Tensor, z: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
         """One token: x, z [B, E] -> [B, E]. The cached states are updated in place."""
@@ -164,10 +152,7 @@ class MambaMixer(RecurrentMixer):
     def _step_size(self, step: torch.Tensor, adaptation: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What dt is softplus of, [B, L, R] -> [B, L, E]: W_dt step + b_dt, or W_dt step and b_dt [E], still to be added."""
         if isinstance(self.dt_proj, StepProjection) and self.dt_proj.is_plain:
-            weight, bias = self.dt_proj.weight, self.dt_proj.bias
-            if wants_length_fastest(step, weight):
-                return linear_by_length(step, weight)[0], bias
-            return F.linear(step, weight), bias
+            return F.linear(step, self.dt_proj.weight), self.dt_proj.bias
         return self.dt_proj(step), None
 
     def _shift(self, adaptation: Any) -> tuple[torch.Tensor, torch.Tensor] | None:

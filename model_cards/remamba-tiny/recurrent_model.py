@@ -110,14 +110,14 @@ class RecurrentMixer(OwnStart):
         return type(module) is nn.Conv1d and is_unhooked(module)
 
     def convolve(
-        self, x: torch.Tensor, state: torch.Tensor | None, lengths: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, state: torch.Tensor | None, lengths: torch.Tensor | None, return_state: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """silu(conv(x)) [B, L, E] and the state [B, E, W] after each row's `lengths` tokens; see `causal_conv1d`."""
         if self.convolution_is_plain:
-            return causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, state, lengths)
+            return causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, state, lengths, return_state)
         width = self.config.conv_kernel
         no_effect = x.new_ones(x.shape[-1], width)
-        _, final_state = causal_conv1d(x, no_effect, None, state, lengths)
+        _, final_state = causal_conv1d(x, no_effect, None, state, lengths, return_state)
         past = x.new_zeros(x.shape[0], x.shape[-1], width - 1) if state is None else state[..., 1:].to(x.dtype)
         y = self.conv1d(torch.cat([past, x.transpose(1, 2)], dim=-1))
         return F.silu(y[..., width - 1 : width - 1 + x.shape[1]]).transpose(1, 2), final_state
@@ -127,6 +127,7 @@ class RecurrentMixer(OwnStart):
         if self.convolution_is_plain:
             return causal_conv1d_step(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, state)
         y, new_state = self.convolve(x.unsqueeze(1), state, None)
+        assert new_state is not None
         state.copy_(new_state)
         return y[:, 0]
 
@@ -144,7 +145,7 @@ class RecurrentMixer(OwnStart):
         """A of the recurrence, negative, in float32 at least."""
         raise NotImplementedError
 
-    def update_cache(self, cache_params: Cache | None, conv_state: torch.Tensor, state: torch.Tensor | None) -> None:
+    def update_cache(self, cache_params: Cache | None, conv_state: torch.Tensor | None, state: torch.Tensor | None) -> None:
         """Leave the states that a pass ended with in the cache, if there is one."""
         if cache_params is not None:
             cache_params.update_conv_state(conv_state, self.layer_idx, conv_kernel_size=self.config.conv_kernel)

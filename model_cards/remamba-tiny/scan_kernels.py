@@ -135,20 +135,77 @@ def scan_forward(
     _check_shape("A", A, (channels, size))
     _check_shape("initial_state", initial_state, (rows, channels, size))
     _check_shape("lengths", lengths, (rows,))
-    shifted = added_there = None
-    if shift is not None:
-        where, added_there = shift
-        _check_shape("shift", added_there, (channels,))
-        added_there = added_there.contiguous()
-        shifted = torch.zeros(rows * length, dtype=torch.uint8, device=x.device).index_fill_(0, where, 1)
     if plan is None:
         plan = scan_plan(rows, length, channels, size)
-    x, dt, B, C = (_with_columns(sequence) for sequence in (x, dt, B, C))
-    z = None if z is None else _with_columns(z)
-    A = A.contiguous()
-    D, dt_bias, initial_state, lengths = (t if t is None else t.contiguous() for t in (D, dt_bias, initial_state, lengths))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     final_state = x.new_empty(rows, channels, size, dtype=torch.float32)
+    marked = None if shift is None else (marks(shift[0], rows, length), shift[1])
+    _scan(x, dt, A, B, initial_state, dt_bias, softplus, lengths, marked, plan, C, D, z, out, final_state)
+    return out, final_state
+
+
+def scan_starts(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    softplus: bool,
+    lengths: torch.Tensor | None,
+    shift: tuple[torch.Tensor, torch.Tensor] | None,
+    every: int,
+    plan: ScanPlan | None = None,
+) -> torch.Tensor:
+    """The states that the tokens 0, every, 2 every, ... start from: [B, tiles, E, N] float32. See `scan_forward`.
+
+    Args:
+        shift: as `marks` of the tokens [B, L], and what is added to them [E].
+        every: a power of two; the plan's tokens become a multiple of it.
+    """
+    rows, length, channels = x.shape
+    size = A.shape[1]
+    if plan is None:
+        plan = scan_plan(rows, length, channels, size)
+    plan = plan._replace(tokens=max(plan.tokens, every))
+    starts = x.new_empty(rows, _blocks(length, every), channels, size, dtype=torch.float32)
+    _scan(x, dt, A, B, initial_state, dt_bias, softplus, lengths, shift, plan, starts=starts, every=every)
+    return starts
+
+
+def marks(where: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """Flat positions among rows and tokens as a byte a token, [B, L]: 1 there, 0 elsewhere."""
+    flat = torch.zeros(rows * length, dtype=torch.uint8, device=where.device)
+    return flat.index_fill_(0, where, 1).view(rows, length)
+
+
+def _scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    softplus: bool,
+    lengths: torch.Tensor | None,
+    shift: tuple[torch.Tensor, torch.Tensor] | None,
+    plan: ScanPlan,
+    C: torch.Tensor | None = None,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    final_state: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    every: int = 1,
+) -> None:
+    """Write `out` and `final_state`, or `starts`."""
+    rows, length, channels = x.shape
+    size = A.shape[1]
+    x, dt, B = (_with_columns(sequence) for sequence in (x, dt, B))
+    C, z = (None if sequence is None else _with_columns(sequence) for sequence in (C, z))
+    shifted, added_there = (None, None) if shift is None else (shift[0].contiguous(), shift[1].contiguous())
+    A = A.contiguous()
+    D, dt_bias, initial_state, lengths = (t if t is None else t.contiguous() for t in (D, dt_bias, initial_state, lengths))
     columns = _power_of_two(size)
     own = min(max(plan.channels * columns // (32 * plan.warps), 1), columns, 4)
     part_length = _blocks(_blocks(length, plan.tokens), plan.parts) * plan.tokens
@@ -157,7 +214,7 @@ def scan_forward(
     if parts > 1:
         added = x.new_empty(rows, parts - 1, channels, size, dtype=torch.float32)
         steps = x.new_empty(rows, parts - 1, channels, dtype=torch.float32)
-    sequences = (x, dt, B, C, x if z is None else z, out)
+    sequences = tuple(x if sequence is None else sequence for sequence in (x, dt, B, C, z, out))
 
     def launch(parts_now: int, *read_and_written: torch.Tensor | None) -> None:
         _launch(
@@ -170,6 +227,7 @@ def scan_forward(
             SIZE=size,
             SOFTPLUS=softplus,
             TOKENS=plan.tokens,
+            EVERY=every,
             BLOCK=plan.channels,
             BLOCK_SIZE=columns,
             PARTS=parts,
@@ -180,9 +238,8 @@ def scan_forward(
         )
 
     if parts > 1:
-        launch(parts - 1, None, None, None, None, None, None)
-    launch(parts, C, D, z, initial_state, out, final_state)
-    return out, final_state
+        launch(parts - 1, *[None] * 7)
+    launch(parts, C, D, z, initial_state, out, final_state, starts)
 
 
 def _with_columns(sequence: torch.Tensor) -> torch.Tensor:
@@ -327,6 +384,7 @@ def _scan_kernel(  # noqa: C901 - its branches are constants, which a compiled k
     initial_state,
     out,
     final_state,
+    starts,
     length,
     part_length,
     x_row,
@@ -345,6 +403,7 @@ def _scan_kernel(  # noqa: C901 - its branches are constants, which a compiled k
     SIZE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     TOKENS: tl.constexpr,
+    EVERY: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -354,14 +413,16 @@ def _scan_kernel(  # noqa: C901 - its branches are constants, which a compiled k
     INTERPRETED_LENGTH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Every part of the length from the state that the parts before it leave: `out`, and `final_state` by the last part.
+    """Every part of the length from the state that the parts before it leave: `out`, and `final_state` by the last part; or
+    `starts` [B, tiles, E, N], the states before every tile of EVERY tokens.
 
-    Without `out`: of every part but the last, the state that it makes of none, `added` [B, parts - 1, E, N], and the sum of
+    Without either: of every part but the last, the state that it makes of none, `added` [B, parts - 1, E, N], and the sum of
     its step sizes, `steps` [B, parts - 1, E], which is all that its decay depends on.
     """
     row = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    FIRST_PASS: tl.constexpr = out is None and starts is None
     token = tl.arange(0, TOKENS)
     place = token.to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK_SIZE)
@@ -375,7 +436,7 @@ def _scan_kernel(  # noqa: C901 - its branches are constants, which a compiled k
         shifted += row * length + begin.to(tl.int64)
     length -= begin
     end = _without_pads(length, lengths, row, begin)
-    stop = tl.minimum(end if out is None else length, part_length)
+    stop = tl.minimum(end if FIRST_PASS else length, part_length)
     known = (channel < CHANNELS)[None, :]
     column_known = (column < SIZE)[None, :]
     # With its tokens' dimension of one, the state comes in the layout that the loop keeps it in.
@@ -387,7 +448,7 @@ def _scan_kernel(  # noqa: C901 - its branches are constants, which a compiled k
         h = tl.load(initial_state + in_states, mask=in_state_here, other=0.0).to(tl.float32)
     else:
         h = tl.zeros([1, BLOCK_SIZE, BLOCK], tl.float32)
-    if out is None:
+    if FIRST_PASS:
         total = tl.zeros([TOKENS, BLOCK], tl.float32)
     else:
         h = _after_parts(h, rate, added, steps, row, part, channel, CHANNELS, SIZE, in_state, in_state_here, PARTS, PTX)
@@ -403,6 +464,8 @@ def _scan_kernel(  # noqa: C901 - its branches are constants, which a compiled k
     # A sequence's tiles: a pointer that moves, and where the elements of a tile are behind it.
     jump = tl.full([], TOKENS, tl.int64)
     begin = begin.to(tl.int64)
+    if starts is not None:
+        starts += (row * tl.cdiv(length + begin, EVERY) + begin // EVERY) * (CHANNELS * SIZE)
     x += row * x_row + begin * x_token
     dt += row * dt_row + begin * dt_token
     B += row * B_row + begin * B_token
@@ -454,10 +517,18 @@ def _scan_kernel(  # noqa: C901 - its branches are constants, which a compiled k
         value = tl.where((token == 0)[:, None, None], decay * h + value, value)
         _, states = tl.associative_scan((decay, value), 0, _joined)
         # -0.0 is what can be added without changing anything, and so costs nothing.
-        h = tl.sum(tl.where((token == TOKENS - 1)[:, None, None], states, -0.0), 0, keep_dims=True)
-        if out is None:
-            total += step
+        if starts is not None:
+            for earlier in tl.static_range(TOKENS // EVERY):
+                inside = in_state_here & (start + earlier * EVERY < stop)
+                tl.store(starts + in_state, h, mask=inside)
+                starts += CHANNELS * SIZE
+                at_end = token == (earlier + 1) * EVERY - 1
+                h = tl.sum(tl.where(at_end[:, None, None], states, -0.0), 0, keep_dims=True)
         else:
+            h = tl.sum(tl.where((token == TOKENS - 1)[:, None, None], states, -0.0), 0, keep_dims=True)
+        if FIRST_PASS:
+            total += step
+        if out is not None:
             y = _summed(states * C_tile[:, :, None], OWN, LEVELS)
             y = _skipped_and_gated(y, u, skip, gate, PTX)
             inside = (start + token < stop)[:, None] & known
@@ -472,9 +543,9 @@ def _scan_kernel(  # noqa: C901 - its branches are constants, which a compiled k
         drive = step * u.to(tl.float32)
         B_tile = B_next.to(tl.float32)
 
-    if out is None:
+    if FIRST_PASS:
         first = (row * (PARTS - 1) + part) * CHANNELS
         tl.store(added + first * SIZE + in_state, h, mask=in_state_here)
         tl.store(steps + first + channel, tl.sum(total, 0), mask=channel < CHANNELS)
-    else:
+    if final_state is not None:
         tl.store(final_state + in_states, h, mask=in_state_here & (part == PARTS - 1))

@@ -7,8 +7,8 @@ Shapes: `B` batch, `L` tokens, `E` channels, `N` state size. Sequences are [B, L
 in float32 (float64 if x is float64). A position with dt = 0 leaves the state as it is: that is how pads are passed, on
 either side.
 
-`selective_scan` picks the way: without gradients the Triton kernel of scan_kernels.py, else mamba-ssm's CUDA kernel, else a
-blocked scan in plain torch that has no loop over tokens.
+`selective_scan` picks the way: the Triton kernels of scan_kernels.py and, with gradients, of scan_gradients.py, else
+mamba-ssm's CUDA kernel, else a blocked scan in plain torch that has no loop over tokens.
 """
 
 import warnings
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from .optional_kernels import kernels_enabled, usable_kernel
 from .precision import at_least_float32, state_dtype, with_shift, without_autocast
+from .scan_gradients import scan_with_gradients
 from .scan_kernels import can_scan, scan_forward
 
 
@@ -90,8 +91,9 @@ def selective_scan(
     """
     tensors = (x, dt, A, B, C, D, z, initial_state, dt_bias, None if shift is None else shift[1])
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if kernels_enabled() and not needs_gradient and not torch.compiler.is_compiling() and can_scan(*tensors):
-        result = _scan_triton(x, dt, A.float(), B, C, D, z, initial_state, dt_bias, softplus, lengths, shift)
+    if kernels_enabled() and not torch.compiler.is_compiling() and can_scan(*tensors):
+        scan = scan_with_gradients if needs_gradient else scan_forward
+        result = _scan_triton(scan, x, dt, A.float(), B, C, D, z, initial_state, dt_bias, softplus, lengths, shift)
         if result is not None:
             return result[0], result[1] if return_final_state else None
     kernel = usable_kernel("selective_scan", *tensors)
@@ -110,32 +112,6 @@ def selective_scan(
             x.to(dtype), dt.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype), initial_state.to(dtype)
         )
     return _skip_and_gate(y, x.to(dtype), D, z).to(x.dtype), final_state
-
-
-def wants_length_fastest(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether what is made of x and a weight will go through mamba-ssm's kernel with gradients, which copies every sequence
-    whose fastest dimension is not the length, forwards and backwards."""
-    return (
-        torch.is_grad_enabled()
-        and (x.requires_grad or weight.requires_grad)
-        and x.shape[1] > 1
-        and x.dtype != torch.float64
-        and not torch.compiler.is_compiling()
-        and usable_kernel("selective_scan", x, weight) is not None
-    )
-
-
-def linear_by_length(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, parts: int = 1
-) -> tuple[torch.Tensor, ...]:
-    """F.linear cut into equal parts, each [B, L, O / parts], with L and then B as the fastest dimensions.
-
-    So neither the scan behind it nor the products behind that have to copy anything: rows and tokens are one dimension.
-    """
-    y = torch.matmul(weight, x.flatten(0, 1).t())
-    if bias is not None:
-        y = y + bias.unsqueeze(1)
-    return tuple(part.unflatten(1, x.shape[:2]).permute(1, 2, 0) for part in y.chunk(parts))
 
 
 def selective_scan_step(
@@ -166,18 +142,18 @@ def selective_scan_step(
 _triton_fails = False
 
 
-def _scan_triton(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """`scan_forward`, or None once it could not be compiled or launched: without a C compiler Triton imports, but fails."""
+def _scan_triton(scan: Callable[..., Any], *arguments: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The scan, or None once it could not be compiled or launched: without a C compiler Triton imports, but fails."""
     global _triton_fails
     if _triton_fails:
         return None
     try:
-        return scan_forward(*arguments)
+        return scan(*arguments)
     except (ValueError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
         _triton_fails = True
-        warnings.warn(f"Prefill without the own scan kernel: it cannot run here ({error}).", stacklevel=3)
+        warnings.warn(f"The scan goes on without its own kernel, which cannot run here ({error}).", stacklevel=3)
         return None
 
 

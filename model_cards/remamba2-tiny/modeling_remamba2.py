@@ -105,7 +105,7 @@ class ReMamba2Mixer(RecurrentMixer):
             y = self._step(xBC[:, 0], step, conv_state, ssm_state)
             return self.out_proj(self.norm(y, z))
 
-        xBC, conv_state = self.convolve(xBC, conv_state, lengths)
+        xBC, conv_state = self.convolve(xBC, conv_state, lengths, cache_params is not None)
         x, B, C = self._heads(xBC)
         y, ssm_state = state_space_dual(
             x,

@@ -56,7 +56,8 @@ def remamba_folder(prepared, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(books, memmamba_folder, plain_folder, remamba_folder, tmp_path_factory):
-    """Results of every kind: of the ReMamba recall and leval, of the MemMamba the others."""
+    """Results of every kind: of the ReMamba recall and leval, of the MemMamba the others. Those that are called older lack
+    the digests of weights."""
     folder = tmp_path_factory.mktemp("results")
     common = ["--books", str(books), "--device", "cpu"]
     both = ["--model", str(memmamba_folder), "--plain-model", str(plain_folder), *common]
@@ -76,8 +77,14 @@ def files(books, memmamba_folder, plain_folder, remamba_folder, tmp_path_factory
     fidelity.main(
         [*both, "--length", "64", "--passages", "2", "--gaps", "1", "3", "--output", str(folder / "fidelity.json")]
     )
-    own = ["--model", str(remamba_folder), "--lengths", "256", "384", "--samples", "3", "--perplexity-tokens", "16"]
-    recall.main([*own, *common, "--output", str(folder / "recall.json")])
+    strided = ["--parts", "perplexity", "--perplexity-lengths", "128", "256", "--reference-length", "128", "--stride", "64"]
+    memory.main([*both, *strided, "--output", str(folder / "strided.json")])
+    own = ["--model", str(remamba_folder), "--lengths", "256", "384", "--samples", "3"]
+    planted = [*own, *common, "--perplexity-tokens", "16", "--plain-model", str(plain_folder)]
+    recall.main([*planted, "--output", str(folder / "recall.json")])
+    memory.main([*own, *common, "--parts", "passkey", "--output", str(folder / "uncompressed.json")])
+    changed(folder / "recall.json", folder, lambda results: results["description"].pop("models"), "older_recall.json")
+    changed(folder / "fidelity.json", folder, forget_weights, "older_fidelity.json")
     data = folder / "data"
     data.mkdir()
     line = {"input": "def f(): return 1\n" * 8, "instructions": ["What is f()?"] * 2, "outputs": ["1", "2"]}
@@ -98,13 +105,23 @@ def remamba(remamba_folder, tmp_path):
     return shutil.copytree(remamba_folder, tmp_path / "tiny-remamba")
 
 
-def changed(file, folder, change):
+@pytest.fixture
+def plain(plain_folder, tmp_path):
+    return shutil.copytree(plain_folder, tmp_path / "plain")
+
+
+def changed(file, folder, change, name=None):
     """A copy of results, changed."""
     results = json.loads(file.read_text())
     change(results)
-    copy = folder / f"changed-{file.name}"
+    copy = folder / (name or f"changed-{file.name}")
     copy.write_text(json.dumps(results))
     return copy
+
+
+def forget_weights(results):
+    for model in results["models"].values():
+        del model["weights"], model["dtype"]
 
 
 def card(folder, *results, more=()):
@@ -142,9 +159,11 @@ def test_every_number_of_a_model_is_in_its_card(memmamba, files, tmp_path):
     assert {"keys": 1, "seed": 1000000, "dtype": "float32", "books": 2, "device": "cpu"}.items() <= found[
         key
     ].dataset_args.items()
+    assert found[key].dataset_args["date"] == json.loads(memory_file.read_text())["date"]
     perplexities = {name: each.metric_value for (_, name), each in found.items() if name.startswith("perplexity")}
     assert perplexities == {"perplexity, 128 tokens": 186.9233}
     results = json.loads(files["fidelity"].read_text())["models"]["model"]
+    assert found["ETMF on books", "ETMF, paper, distance 8"].dataset_args["dtype"] == "float32"
     value = found["ECLMF on books", "ECLMF, held-out R^2, gap 1"].metric_value
     assert value == round(results["eclmf"]["1"]["held_out_r2"]["mean"], 4)
     assert ("ECLMF on books", "ECLMF, paper, gap 3") not in found
@@ -298,8 +317,7 @@ def test_dry_run_shows_and_writes_nothing(remamba, files, capsys):
     assert contents(remamba) == there
     for line in ("--- README.md", "+model-index:", "+++ .eval_results/remamba-leval.yaml", f"+{BEGIN}"):
         assert f"{line}\n" in out
-    assert "note: recall.json has no digest of its model" in err
-    assert "leval.json has no digest" not in err
+    assert "no digest" not in err
     assert "would be changed: .eval_results/remamba-leval.yaml, README.md" in err
     assert card(remamba, files["leval"], files["recall"]) == 0
     assert "\n---\n\nA card without front matter.\n" in (remamba / "README.md").read_text()
@@ -309,6 +327,13 @@ def other_weights(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.backbone.layers[0].norm.weight.add_(1)
+    model.save_pretrained(folder)
+
+
+def other_compressor(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        next(weight for name, weight in model.named_parameters() if "compressor" in name).add_(1)
     model.save_pretrained(folder)
 
 
@@ -332,9 +357,21 @@ def other_setting(name, value):
         ("remamba", "leval", other_weights, r"of another model, whose configuration and weights have SHA-256 \w{64}"),
         ("remamba", "leval", lambda folder: (folder / "tokenizer_config.json").write_text("{}"), "read with a tokenizer of"),
         ("remamba", "recall", other_setting("compression_span", 0.77), "compression_span 0.77"),
+        (
+            "remamba",
+            "recall",
+            other_weights,
+            r"by the SHA-256 of weights: ReMamba \(remamba, float32\) \w{64} and \w{64}; plain",
+        ),
+        ("remamba", "recall", other_compressor, "by the SHA-256 of weights"),
+        ("plain", "recall", other_weights, "by the SHA-256 of weights"),
+        ("memmamba", "fidelity", other_weights, "by the SHA-256 of weights: MemMamba"),
         ("remamba", "memory", None, "of another model"),
-        ("memmamba", "recall", None, "with model_type remamba, .*: this is .* model_type memmamba"),
-        ("remamba", "fidelity", None, "memmamba of 3 layers; mamba of 2 layers"),
+        ("memmamba", "recall", None, "by the SHA-256 of weights"),
+        ("remamba", "fidelity", None, "by the SHA-256 of weights"),
+        ("memmamba", "older_recall", None, "with model_type remamba, .*: this is .* model_type memmamba"),
+        ("remamba", "older_recall", other_setting("compression_span", 0.77), "compression_span 0.77"),
+        ("remamba", "older_fidelity", None, "memmamba of 3 layers; mamba of 2 layers"),
     ],
 )
 def test_results_of_another_model_are_refused(request, files, kind, name, change, message):
@@ -345,6 +382,103 @@ def test_results_of_another_model_are_refused(request, files, kind, name, change
     with pytest.raises(ValueError, match=message):
         plan_update(folder, [files[name]])
     assert contents(folder) == there
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "scores"),
+    [("remamba", "recall", 6), ("plain", "recall", 4), ("memmamba", "fidelity", 10), ("remamba", "uncompressed", 2)],
+)
+def test_digests_tell_the_model_of_a_file(request, files, kind, name, scores):
+    update = plan_update(request.getfixturevalue(kind), [files[name]])
+    assert (update.scores, update.notes) == (scores, ())
+
+
+@pytest.mark.parametrize(("kind", "name"), [("remamba", "recall"), ("memmamba", "fidelity")])
+def test_files_without_digests_are_told_by_kind_and_settings(request, files, kind, name):
+    folder = request.getfixturevalue(kind)
+    other_weights(folder)
+    update = plan_update(folder, [files[f"older_{name}"]])
+    assert update.scores == {"recall": 6, "fidelity": 10}[name]
+    assert update.notes == (
+        f"older_{name}.json has no digest of its model: kind and settings were compared, as far as it has them",
+    )
+
+
+def test_uncompressed_weights_are_all_that_plain_reading_depends_on(remamba, files):
+    other_compressor(remamba)
+    other_setting("compression_span", 0.77)(remamba)
+    assert card(remamba, files["uncompressed"]) == 0
+    (found,) = {name for name, _ in metrics(remamba)}
+    assert found == "numbers planted in books, one person's number, compression off"
+
+
+def test_a_baseline_gets_its_own_numbers(plain, files):
+    assert card(plain, files["recall"]) == 0
+    found = metrics(plain)
+    cells = json.loads(files["recall"].read_text())["cells"]
+    right = {cell["length"]: cell["right"] for cell in cells if cell["variant"] == "plain"}
+    assert {name for name, _ in found} == {
+        "a number planted in books, one person's number",
+        "perplexity, of the last 16 tokens of passages of books",
+    }
+    for length in (256, 384):
+        one = found["a number planted in books, one person's number", f"exact match, %, {length} tokens"]
+        assert one.metric_value == round(100 * right[length] / 3, 4)
+        assert not [name for name in {**one.dataset_args, **one.metric_args} if "compression" in name]
+
+
+def test_any_causal_model_has_a_card(neox_folder, books, tmp_path):
+    folder = shutil.copytree(neox_folder, tmp_path / "neox")
+    output = tmp_path / "passkey.json"
+    common = ["--books", str(books), "--device", "cpu", "--samples", "2", "--output", str(output)]
+    memory.main(["--model", str(folder), "--lengths", "256", *common], parts=["passkey"])
+    assert card(folder, output) == 0
+    assert len(metrics(folder)) == 1
+    other = AutoModelForCausalLM.from_pretrained(folder)
+    torch.nn.init.zeros_(other.gpt_neox.embed_in.weight)
+    other.save_pretrained(folder)
+    with pytest.raises(ValueError, match="of another model"):
+        plan_update(folder, [output])
+
+
+def test_strided_perplexity_stands_beside_that_of_windows(memmamba, files, tmp_path):
+    some = changed(files["strided"], tmp_path, lambda results: results["settings"].update(windows=3))
+    assert card(memmamba, files["memory"], files["strided"], some) == 0
+    found = {name: one for (name, _), one in metrics(memmamba).items() if one.dataset_type == "perplexity"}
+    whole = "perplexity of every token of books behind the first 192, stride 64"
+    assert set(found) == {
+        "perplexity of the last 8 tokens of windows of books",
+        whole,
+        "perplexity of the 192 tokens of books behind the first 192, stride 64",
+    }
+    assert {"stride": 64, "windows_per_book": "all", "longest": 256}.items() <= found[whole].dataset_args.items()
+    assert "counted" not in found[whole].dataset_args
+    cell = json.loads(files["strided"].read_text())["perplexity"][0]
+    assert found[whole].metric_args["windows"] == cell["windows"] > 10
+
+
+def test_texts_longer_than_all_books_say_so(memmamba, remamba, files, tmp_path):
+    def repeat(part):
+        def change(results):
+            next(cell for cell in results[part] if cell["length"] == 512 - 128 * (part == "cells"))["books_repeated"] = 2.5
+
+        return change
+
+    for folder, name, part in ((memmamba, "memory", "passkey"), (remamba, "recall", "cells")):
+        assert card(folder, changed(files[name], tmp_path, repeat(part))) == 0
+        args = [one.metric_args.get("books_repeated") for one in metrics(folder).values()]
+        assert [value for value in args if value is not None] == [2.5]
+        assert "books_repeated 2.5" in (folder / "README.md").read_text()
+
+
+def test_recall_among_several_people_is_a_row_of_its_own(remamba, files, tmp_path):
+    several = changed(files["recall"], tmp_path, lambda results: results["settings"].update(distractors=1))
+    several = changed(several, tmp_path, lambda results: results.update(perplexity=[]))
+    assert card(remamba, files["recall"], several) == 0
+    text = (remamba / "README.md").read_text()
+    for row in ("compression on", "compression off"):
+        assert f"\n| {row} | " in text
+        assert f"\n| {row}, number of 1 of 2 people | " in text
 
 
 def test_results_of_a_commit_are_of_its_download_alone(remamba, files, tmp_path):
@@ -381,6 +515,7 @@ def break_answers(results):
         (break_answers, "do not add up"),
         (lambda results: results["passkey"][0].pop("samples"), "KeyError: 'samples'"),
         (lambda results: results["perplexity"][0].update(perplexity="5"), "'5' stands where a number should"),
+        (lambda results: results["description"]["models"]["model"].update(dtype="int"), "'int' stands where a dtype should"),
         (lambda results: results.pop("environment"), "KeyError: 'environment'"),
         (lambda results: results.update(passkey=[], documents=[], perplexity=[]), "no number for a card yet"),
         (lambda results: results.pop("settings"), "holds no results for a card"),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers in the files of `remamba eval` that are of one checkpoint, with their names and how they were measured.
 
-A file is of a checkpoint if it says so: by a digest of files or weights, a commit on the Hub, or, where it has neither, by
-the kind of model and its settings. What it says of other models beside it, such as baselines, is left out.
+A file is of a checkpoint if it says so: by a digest of files or weights, a commit on the Hub, or, where it has neither, as
+files of earlier versions, by the kind of model and its settings. What it says of other models beside it, such as baselines,
+is left out.
 """
 
 import json
@@ -13,19 +14,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from remamba_hf.checkpoint_files import TOKENIZER_FILES, check_safetensors, first_line, has_tokenizer, read_json
-from remamba_hf.families import ALL_FAMILIES, FAMILIES, PLAIN_FAMILIES
+from remamba_hf.checkpoint_files import TOKENIZER_FILES, first_line, has_tokenizer, read_json
+from remamba_hf.families import FAMILIES
 
 from . import leval, longbench
 from .causal_models import Checkpoint, digest_of_files
-from .checkpoints import digest, family_of, weights_read
+from .checkpoints import compression_weights, digest, load_model, reading_family, weights_read
 from .memory_report import COLUMNS
 from .reporting import percent_with_interval, short_length
 
 TOOL = "remamba_hf"  # in an environment, the version of what has measured
 DECIMALS = 4  # of the values in a card's metadata
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,22 @@ class CardModel:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_json(folder / "config.json")
-        self.kind = self.config.get("model_type")
+        self.kind = str(self.config.get("model_type") or "")
         self.weights = cache(self._weights)
 
-    def _weights(self, dtype: str) -> str:
-        """The digest of weights by which memory.py tells models."""
-        if self.kind not in ALL_FAMILIES and self.kind not in PLAIN_FAMILIES:
-            return "of another kind"
-        check_safetensors(self.folder)
-        checkpoint = str(self.folder)
-        model = family_of(checkpoint).model_class.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
-        return digest(weights_read(model))
+    def _weights(self, dtype: str) -> dict[str, str]:
+        """The digests of weights by which evaluations tell models: `weights`, those that a plain pass reads, and
+        `compression_weights`.
+
+        Raises:
+            CheckpointError: a ValueError; they cannot be loaded.
+        """
+        if dtype not in _DTYPES:
+            raise _Damaged(f"{dtype!r} stands where a dtype should")
+        if "auto_map" in self.config and reading_family(self.kind) is None:
+            return {"weights": "of a model with code of its own, which does not run here"}
+        model = load_model(str(self.folder), "cpu", dtype)
+        return {"weights": digest(weights_read(model)), "compression_weights": digest(compression_weights(model))}
 
     def digests(self) -> list[str]:
         """Those by which results tell a folder: without the code that it brings, and with it."""
@@ -248,45 +253,69 @@ def _refuse(file: Path, said: str, model: CardModel, found: str) -> None:
 
 
 def _check_weights(results: dict[str, Any], model: CardModel, file: Path) -> bool:
-    if _name_by_weights(results, model) is None:
-        models = results["description"]["models"].values()
-        said = "; ".join(f"{one['label']} ({one['model_type']}, {one['dtype']}) {one['weights']}" for one in models)
-        dtypes = {one["dtype"]: None for one in models}
-        found = ", ".join(f"{model.weights(dtype)} in {dtype}" for dtype in dtypes)
-        _refuse(file, f"by the SHA-256 of weights: {said}", model, f"{model.kind}, {found}")
+    """Of memory.py."""
+    models = results["description"]["models"]
+    if _name_by_weights(models, model) is None:
+        _refuse_weights(file, models, model)
     return True
 
 
-def _name_by_weights(results: dict[str, Any], model: CardModel) -> str | None:
-    """Under which name a file of memory.py has the model."""
-    for name, one in results["description"]["models"].items():
-        if one["model_type"] == model.kind and one["weights"] == model.weights(one["dtype"]):
-            return name
+def _check_recall(results: dict[str, Any], model: CardModel, file: Path) -> bool:
+    """By weights where the file has digests of them, and by the settings that prompts were compressed with."""
+    models = results["description"].get("models") or {}
+    name = _name_by_weights(models, model)
+    if models and name is None:
+        _refuse_weights(file, models, model)
+    if name != "plain":
+        _check_settings(results, model, file)
+    return bool(models)
+
+
+def _check_fidelity(results: dict[str, Any], model: CardModel, file: Path) -> bool:
+    models = results["models"]
+    name = _name_in_fidelity(models, model)
+    if name is None and any("weights" in one for one in models.values()):
+        _refuse_weights(file, models, model)
+    if name is None:
+        said = "; ".join(f"{one['model_type']} of {one['layers']} layers" for one in models.values())
+        _refuse(file, said, model, f"{model.kind} of {model.config.get('num_hidden_layers')} layers")
+    return "weights" in models[name]
+
+
+def _name_by_weights(models: Mapping[str, Mapping[str, Any]], model: CardModel) -> str | None:
+    """Under which name a file has the model: with all the digests that it has of it."""
+    for name, one in models.items():
+        if one["model_type"] == model.kind:
+            found = model.weights(one["dtype"])
+            if one["weights"] == found["weights"] and one.get("compression_weights") in (None, found["compression_weights"]):
+                return name
     return None
 
 
-def _check_settings(results: dict[str, Any], model: CardModel, file: Path) -> bool:
+def _name_in_fidelity(models: Mapping[str, Mapping[str, Any]], model: CardModel) -> str | None:
+    name = _name_by_weights({name: one for name, one in models.items() if "weights" in one}, model)
+    kind = model.kind, model.config.get("num_hidden_layers")
+    older = (key for key, one in models.items() if "weights" not in one and (one["model_type"], one["layers"]) == kind)
+    return name if name is not None else next(older, None)
+
+
+def _refuse_weights(file: Path, models: Mapping[str, Mapping[str, Any]], model: CardModel) -> None:
+    told = ("weights", "compression_weights")
+    said = "; ".join(
+        f"{one['label']} ({one['model_type']}, {one['dtype']}) {' and '.join(one[key] for key in told if key in one)}"
+        for one in models.values()
+    )
+    found = (f"{' and '.join(model.weights(one['dtype']).values())} in {one['dtype']}" for one in models.values())
+    _refuse(file, f"by the SHA-256 of weights: {said}", model, f"{model.kind}, {', '.join(dict.fromkeys(found))}")
+
+
+def _check_settings(results: dict[str, Any], model: CardModel, file: Path) -> None:
     said = {"model_type": results["description"].get("family"), **results["description"].get("model_settings", {})}
     differing = {name: value for name, value in said.items() if value is not None and model.config.get(name) != value}
     if differing or model.kind not in FAMILIES:
         there = ", ".join(f"{name} {value}" for name, value in differing.items()) or f"one of {', '.join(FAMILIES)}"
         names = differing or ["model_type"]
         _refuse(file, f"with {there}", model, "with " + ", ".join(f"{name} {model.config.get(name)}" for name in names))
-    return False  # neither has a digest, and many models have that kind and settings
-
-
-def _check_kind(results: dict[str, Any], model: CardModel, file: Path) -> bool:
-    if _name_by_kind(results, model) is None:
-        said = "; ".join(f"{one['model_type']} of {one['layers']} layers" for one in results["models"].values())
-        _refuse(file, said, model, f"{model.kind} of {model.config.get('num_hidden_layers')} layers")
-    return False  # many models have that kind and size
-
-
-def _name_by_kind(results: dict[str, Any], model: CardModel) -> str | None:
-    for name, one in results["models"].items():
-        if (one["model_type"], one["layers"]) == (model.kind, model.config.get("num_hidden_layers")):
-            return name
-    return None
 
 
 def _reading(settings: Mapping[str, Any], model: CardModel) -> tuple[str, dict[str, Any]]:
@@ -337,20 +366,43 @@ def _leval(results: dict[str, Any], model: CardModel) -> Iterator[Score]:
 
 
 def _memory(results: dict[str, Any], model: CardModel) -> Iterator[Score]:
-    name, settings = _name_by_weights(results, model), results["settings"]
-    dtype = results["description"]["models"][name]["dtype"]
-    books = {"books": len(results["description"]["books"]), "dtype": dtype}
-    for part, cells in ((part, results[part]) for part in ("passkey", "documents", "perplexity")):
+    description, settings = results["description"], results["settings"]
+    name = _name_by_weights(description["models"], model)
+    assert name is not None
+    used = {"dtype": description["models"][name]["dtype"], **_plain_reading(model)}
+    books = {part: len(description["books"]) for part in ("passkey", "documents")}
+    books["perplexity"] = len(description["perplexity_books"])  # those that are long enough
+    for part, cells in ((part, results[part]) for part in books):
+        own = {"books": books[part], **used}
         for cell in sorted((cell for cell in cells if cell["model"] == name), key=lambda cell: cell[COLUMNS[part][0]]):
-            yield _perplexity(settings, books, cell) if part == "perplexity" else _recalled(part, settings, books, cell)
+            yield _perplexity(settings, own, cell) if part == "perplexity" else _recalled(part, settings, own, cell)
 
 
-def _recalled(part: str, settings: Mapping[str, Any], books: Mapping[str, Any], cell: Mapping[str, Any]) -> Score:
-    asked = settings["keys"] if part == "passkey" else 1
-    people = asked + settings["distractors"]
-    row = "one person's number" if people == 1 else f"numbers of {asked} of {people} people"
+def _plain_reading(model: CardModel) -> dict[str, str]:
+    """What tells that a model was measured without the compression that it has."""
+    return {"compression": "off"} if model.kind in FAMILIES else {}
+
+
+def _with_reading(row: str, used: Mapping[str, Any]) -> str:
+    return f"{row}, compression off" if "compression" in used else row
+
+
+def _people(asked: int, distractors: int) -> str:
+    people = asked + distractors
+    if people == 1:
+        return "one person's number"
+    return f"number{'s' if asked > 1 else ''} of {asked} of {people} people"
+
+
+def _repeats(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """How many times a text longer than all books has these."""
+    return _there({"books_repeated": cell.get("books_repeated")})
+
+
+def _recalled(part: str, settings: Mapping[str, Any], own: Mapping[str, Any], cell: Mapping[str, Any]) -> Score:
+    row = _with_reading(_people(settings["keys"] if part == "passkey" else 1, settings["distractors"]), own)
     names = ["distractors", "digits", "seed", "keys" if part == "passkey" else "document_length"]
-    used = {**{name: settings[name] for name in names}, **books}
+    used = {**{name: settings[name] for name in names}, **own, **_repeats(cell)}
     value, shown = _share(cell)
     order = cell[COLUMNS[part][0]]
     counts = {"samples": cell["samples"], COLUMNS[part][0]: order}
@@ -364,54 +416,81 @@ def _recalled(part: str, settings: Mapping[str, Any], books: Mapping[str, Any], 
     return Score(dataset, table, row, column, shown, value, "exact_match", f"exact match, %, {at}", used, counts, order)
 
 
-def _perplexity(settings: Mapping[str, Any], books: Mapping[str, Any], cell: Mapping[str, Any]) -> Score:
+def _perplexity(settings: Mapping[str, Any], own: Mapping[str, Any], cell: Mapping[str, Any]) -> Score:
     length, value = cell["length"], cell["perplexity"]
-    row = f"of the last {settings['counted']} tokens of windows of books"
+    scored, used = _scored(settings)
+    row = _with_reading(scored, own)
     dataset = Dataset("perplexity", f"perplexity {row}", f"perplexity, {row}")
     counts = {"windows": cell["windows"], "length": length}
     number = None if value is None else _number(value)
     shown = "INF" if number is None else f"{number:.2f}"
-    used = {"windows_per_book": settings["windows"], "counted": settings["counted"], **books}
     name, table = f"perplexity, {length} tokens", "perplexity, by tokens of context"
-    return Score(dataset, table, row, short_length(length), shown, number, "perplexity", name, used, counts, length)
+    own = {**used, **own}
+    return Score(dataset, table, row, short_length(length), shown, number, "perplexity", name, own, counts, length)
+
+
+def _scored(settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Which tokens a perplexity is of, for names and tables, and the settings that say so."""
+    stride, windows, longest = settings.get("stride"), settings["windows"], max(settings["perplexity_lengths"])
+    if stride is None:
+        used = {"windows_per_book": windows, "counted": settings["counted"], "longest": longest}
+        return f"of the last {settings['counted']} tokens of windows of books", used
+    tokens = f"the {windows * stride} tokens" if windows else "every token"
+    used = {"stride": stride, "windows_per_book": windows or "all", "longest": longest}
+    return f"of {tokens} of books behind the first {longest - stride}, stride {stride}", used
 
 
 def _recall(results: dict[str, Any], model: CardModel) -> Iterator[Score]:
-    settings, books = results["settings"], {"books": len(results["description"]["books"])}
-    own = _there(results["description"].get("model_settings", {}))
-    given = {f"compression_{name}": settings[name] for name in ("span", "ratio") if settings[name] is not None}
+    settings, description = results["settings"], results["description"]
+    models = description.get("models") or {}
+    name = _name_by_weights(models, model) or "model"
+    books = {"books": len(description["books"]), **_there({"dtype": models.get(name, {}).get("dtype")})}
+    asked = {**{key: settings[key] for key in ("distractors", "digits", "seed")}, **books}
+    who = _people(1, settings["distractors"])
+    others = f", {who}" if settings["distractors"] else ""
+    given = {f"compression_{key}": settings[key] for key in ("span", "ratio") if settings[key] is not None}
+    own = _there(description.get("model_settings", {}))
     if "compression_ratio" in given:
         own.pop("compression_max_kept", None)  # bounds the checkpoint's own ratio only
-    stated = "".join(f", {name.removeprefix('compression_')} {value}" for name, value in given.items())
-    used = {**{name: settings[name] for name in ("distractors", "digits", "seed")}, **books}
-    rows = {
-        "compressed": (f"compression on{stated}", {**used, **own, **given}),
-        "uncompressed": ("compression off", used),
-    }
+    stated = "".join(f", {key.removeprefix('compression_')} {value}" for key, value in given.items())
+    off, plain = (f"compression off{others}", asked), (who, asked)
+    if name == "plain":
+        rows = {"plain": off if model.kind in FAMILIES else plain}
+    else:
+        rows = {"compressed": (f"compression on{stated}{others}", {**asked, **own, **given}), "uncompressed": off}
     for cell in (cell for cell in results["cells"] if cell["variant"] in rows):
-        length, (row, used) = cell["length"], rows[cell["variant"]]
-        value, shown = _share(cell)
-        dataset = Dataset("recall", f"a number planted in books, {row}", f"recall, {row}")
-        table, name = "a planted number, exact match, %, by tokens", f"exact match, %, {length} tokens"
-        counts = {"samples": cell["samples"], "length": length}
-        yield Score(dataset, table, row, short_length(length), shown, value, "exact_match", name, used, counts, length)
+        yield _recalled_number(cell, *rows[cell["variant"]])
+    reading = "compression off, " if model.kind in FAMILIES else ""
     for cell in (cell for cell in results["perplexity"] if cell["variant"] in rows):
-        length, number = cell["length"], _number(cell["perplexity"])
-        row = f"compression off, of the last {cell['tokens']} tokens of passages of books"
-        dataset = Dataset("recall", f"perplexity, {row}", f"perplexity, {row}")
-        table, name = "perplexity, by tokens", f"perplexity, {length} tokens"
-        counts = {"passages": cell["samples"], "length": length}
-        taken = {"counted": cell["tokens"], "seed": settings["seed"], **books}
-        yield Score(
-            dataset, table, row, short_length(length), f"{number:.2f}", number, "perplexity", name, taken, counts, length
-        )
+        yield _passage_perplexity(cell, reading, {"counted": cell["tokens"], "seed": settings["seed"], **books})
+
+
+def _recalled_number(cell: Mapping[str, Any], row: str, asked: Mapping[str, Any]) -> Score:
+    length = cell["length"]
+    value, shown = _share(cell)
+    dataset = Dataset("recall", f"a number planted in books, {row}", f"recall, {row}")
+    table, name = "a planted number, exact match, %, by tokens", f"exact match, %, {length} tokens"
+    counts, used = {"samples": cell["samples"], "length": length}, {**asked, **_repeats(cell)}
+    return Score(dataset, table, row, short_length(length), shown, value, "exact_match", name, used, counts, length)
+
+
+def _passage_perplexity(cell: Mapping[str, Any], reading: str, used: Mapping[str, Any]) -> Score:
+    length, number = cell["length"], _number(cell["perplexity"])
+    row = f"{reading}of the last {cell['tokens']} tokens of passages of books"
+    dataset = Dataset("recall", f"perplexity, {row}", f"perplexity, {row}")
+    table, name = "perplexity, by tokens", f"perplexity, {length} tokens"
+    counts = {"passages": cell["samples"], "length": length}
+    return Score(
+        dataset, table, row, short_length(length), f"{number:.2f}", number, "perplexity", name, used, counts, length
+    )
 
 
 def _fidelity(results: dict[str, Any], model: CardModel) -> Iterator[Score]:
-    name = _name_by_kind(results, model)
+    name = _name_in_fidelity(results["models"], model)
     assert name is not None
     one, settings = results["models"][name], results["settings"]
     used = {"length": settings["length"], "books": len(results["description"]["books"])}
+    used |= {**_there({"dtype": one.get("dtype")}), **_plain_reading(model)}
     counts = {"passages": settings["passages"]}
     measures = (
         ("etmf", "ETMF", "distance", {"paper": "paper", "corrected": "corrected"}),
@@ -432,6 +511,6 @@ _CHECKS: dict[Reader, Callable[[dict[str, Any], CardModel, Path], bool]] = {
     _longbench: _check_files,
     _leval: _check_files,
     _memory: _check_weights,
-    _recall: _check_settings,
-    _fidelity: _check_kind,
+    _recall: _check_recall,
+    _fidelity: _check_fidelity,
 }
