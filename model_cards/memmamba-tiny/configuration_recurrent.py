@@ -25,13 +25,15 @@ class RecurrentSettings:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', but a checkpoint of another kind is refused instead of loaded with random weights."""
+        """As transformers', but a checkpoint of another kind is refused instead of loaded with random weights, and the
+        configuration of a plain one becomes this family's, also by its `model_type`, which packages such as PEFT go by."""
         kind = config_dict.get("model_type", cls.model_type)
         if kind not in (cls.model_type, cls.plain_model_type):
             raise ValueError(
                 f"This checkpoint is a {kind!r} model, not {cls.family}. Load it with AutoModelForCausalLM, or give a "
                 f"checkpoint of type {cls.plain_model_type!r} or {cls.model_type!r}."
             )
+        config_dict = {**config_dict, "model_type": cls.model_type}
         result = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
         (result[0] if isinstance(result, tuple) else result).check()  # with what was given for this load
         return result

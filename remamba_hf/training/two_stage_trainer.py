@@ -107,6 +107,7 @@ class TwoStageTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._sums: dict[str, Tensor] = {}
+        self._compresses = hasattr(getattr(self.model, "config", None), "compression_span")
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decayed_parameters(model)
@@ -118,7 +119,9 @@ class TwoStageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss; counts whole answers on the way."""
+        """The model's own loss; counts whole answers on the way. Models that compress nothing need no prompt lengths."""
+        if not self._compresses:
+            inputs = {name: value for name, value in inputs.items() if name != "prompt_lengths"}
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training and "labels" in inputs:
             self.record("answer_match", answer_matches(outputs.logits.detach(), inputs["labels"]))
