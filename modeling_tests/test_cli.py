@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command: what it prints, what it refuses, and that nothing is half-written."""
 
+import contextlib
+import functools
 import inspect
 import os
 import re
@@ -167,6 +169,26 @@ def test_reading_tells_what_was_kept(checkpoint, tmp_path):
     assert plain.decode_rate is None
     with pytest.raises(ValueError, match="Nothing was compressed"):
         plot_kept(plain, tmp_path / "plain.png")
+
+
+def test_watching_leaves_nothing_behind_and_no_hook_that_forbids_captured_steps(any_checkpoint):
+    model, tokenizer = load_for_reading(str(any_checkpoint))
+    hooked = []
+
+    def progress(done, total):
+        hooked.append(any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()))
+
+    for own in (False, True):
+        if own:  # as of accelerate
+            model.forward = functools.wraps(model.forward)(functools.partial(type(model).forward, model))
+        before = vars(model).get("forward")
+        with contextlib.suppress(ValueError):
+            read_and_answer(model, tokenizer, "A text.", max_new_tokens=0)
+        reading = read_and_answer(model, tokenizer, "A text. " * 50, max_new_tokens=3, prefill_progress=progress)
+        assert reading.new_tokens == 3
+        assert vars(model).get("forward") is before
+    assert hooked
+    assert not any(hooked)
 
 
 def test_reading_tells_what_was_noted(memmamba, tmp_path):

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import functools
 import importlib.util
 import sys
 import textwrap
@@ -346,9 +347,8 @@ class PrefillWatch:
         self.scores: torch.Tensor | None = None
         self.layer_notes: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def __call__(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        if self.ended:
-            return
+    def take(self, output: Any) -> None:
+        """What the first forward returned."""
         if output.logits.is_cuda:
             torch.cuda.synchronize(output.logits.device)
         self.ended = time.perf_counter()
@@ -358,10 +358,6 @@ class PrefillWatch:
         if getattr(output, "note_positions", None) is not None:
             layers = zip(output.note_positions, output.note_scores, output.note_reads, strict=True)
             self.layer_notes = [(positions.cpu(), scores.cpu(), reads.cpu()) for positions, scores, reads in layers]
-
-    def ask_for_notes(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """A forward pre-hook: lets the first forward hand out its notes."""
-        return None if self.ended else (args, {**kwargs, "output_notes": True})
 
     def kept(self, row: int) -> tuple[list[int], list[float]]:
         """Positions and scores of one row."""
@@ -385,15 +381,28 @@ def watch_prefill(model: PreTrainedModel) -> Iterator[PrefillWatch]:
     """Watches one `generate` call. It does not hand out what was kept or noted, and this leaves every option of it as it
     is."""
     watch = PrefillWatch()
-    handles = [model.register_forward_hook(watch)]
     family = ALL_FAMILIES.get(model.config.model_type)
-    if family is not None and not family.compresses:
-        handles.append(model.register_forward_pre_hook(watch.ask_for_notes, with_kwargs=True))
+    asked = {} if family is None or family.compresses else {"output_notes": True}
+    forward, replaced = model.forward, "forward" in vars(model)
+
+    # In place of the method, not as a hook: of what hooks might do in a decoding step a captured one would do nothing, so
+    # that `generate` decodes without graphs where there are some.
+    @functools.wraps(forward)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if watch.ended:
+            return forward(*args, **kwargs)
+        output = forward(*args, **{**kwargs, **asked})
+        watch.take(output)
+        return output
+
+    vars(model)["forward"] = watched
     try:
         yield watch
     finally:
-        for handle in handles:
-            handle.remove()
+        if replaced:
+            vars(model)["forward"] = forward
+        else:
+            del vars(model)["forward"]
 
 
 def _window(model: Any, length: int, positions: list[int], options: dict[str, Any]) -> Window:

@@ -8,16 +8,18 @@ transformers' loop of greedy search and sampling around such a step, without its
 Shapes: `B` rows, `V` vocabulary.
 """
 
+import contextlib
 import copy
 import functools
 import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules import module as module_hooks
 from transformers.cache_utils import Cache
 
 from .decode_kernels import dependent_launches, kernels_can_run, norm_linear
@@ -29,6 +31,8 @@ MOST_FUSED_ROWS = 64  # beyond, library kernels multiply faster than those that 
 RUNS_AHEAD = 2  # steps that may be on their way to the device while the host learns whether they were wanted
 
 Step = Callable[[torch.Tensor], torch.Tensor]
+_Result = TypeVar("_Result")
+_Graphs = TypeVar("_Graphs", bound="CapturedGraphs")
 
 
 class EagerStep:
@@ -60,13 +64,13 @@ class CacheStep:
 
     def begin(self, model: Any, cache: Cache) -> None:
         """Take the first rows' states from another cache, and the weights as they are now."""
-        for mine, theirs in zip(_tensors(self.cache), _tensors(cache), strict=True):
-            mine[: len(theirs)].copy_(theirs)
+        theirs = list(tensors_of(cache))
+        torch._foreach_copy_([mine[: len(theirs[0])] for mine in tensors_of(self.cache)], theirs)
 
     def end(self, model: Any, cache: Cache) -> None:
         """Leave the first rows' states in another cache."""
-        for mine, theirs in zip(_tensors(self.cache), _tensors(cache), strict=True):
-            theirs.copy_(mine[: len(theirs)])
+        theirs = list(tensors_of(cache))
+        torch._foreach_copy_(theirs, [mine[: len(theirs[0])] for mine in tensors_of(self.cache)])
 
     def needs_upkeep(self) -> bool:
         """Whether `upkeep` is due behind the step that has just been run; called once behind each."""
@@ -127,11 +131,23 @@ class GraphedStep:
     """
 
     def __init__(self, model: Any, cache: Cache, rows: int, state_dtype: torch.dtype | None = None):
-        device = model.device
-        self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.taken = len(next(_tensors(cache)))
+        with ordinary_tensors(), torch.cuda.device(model.device):
+            self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
+            self.taken = len(next(tensors_of(cache)))
+            self.step = self._first_step(model, self._states(cache, rows), state_dtype)
+            self.graph, self.logits = captured(lambda: self.step.run(model, self.tokens), model.device)
+            self.upkeep: torch.cuda.CUDAGraph | None = None
+            if type(self.step).upkeep is not CacheStep.upkeep:
+                self.upkeep, _ = captured(lambda: self.step.upkeep(model), model.device)
+
+    def _states(self, cache: Cache, rows: int) -> Cache:
         states = copy.deepcopy(cache)
-        states.reorder_cache(torch.arange(rows, device=device).clamp(max=self.taken - 1))
+        states.reorder_cache(torch.arange(rows, device=self.tokens.device).clamp(max=self.taken - 1))
+        return states
+
+    def _first_step(self, model: Any, states: Cache, state_dtype: torch.dtype | None) -> CacheStep:
+        """The step to capture, once it has run: kernels are compiled, and workspaces allocated, before the capture."""
+        rows = len(self.tokens)
         fused = can_be_fused(model, rows)
         if state_dtype is not None:
             if not fused:
@@ -141,37 +157,26 @@ class GraphedStep:
                 )
             for layer in states.layers:
                 layer.recurrent_states[0] = layer.recurrent_states[0].to(state_dtype)
-        self.step: CacheStep = model.step_to_capture(states, fused=fused)
-        self.graph = torch.cuda.CUDAGraph()
-        self.upkeep = torch.cuda.CUDAGraph() if type(self.step).upkeep is not CacheStep.upkeep else None
-        with torch.cuda.device(device):
-            try:
-                self._warm_up(model)
-            except Exception as error:
-                if not isinstance(self.step, FusedStep) or state_dtype is not None:
-                    raise
-                warnings.warn(f"Decoding without fused kernels: they cannot run here ({error}).", stacklevel=2)
-                self.step = model.step_to_capture(states, fused=False)
-                self._warm_up(model)
-            with torch.cuda.graph(self.graph, stream=_side_stream(device)):
-                self.logits = self.step.run(model, self.tokens)
-            if self.upkeep is not None:
-                with torch.cuda.graph(self.upkeep, stream=_side_stream(device)):
-                    self.step.upkeep(model)
+        step: CacheStep = model.step_to_capture(states, fused=fused)
+        try:
+            self._warm_up(model, step)
+        except Exception as error:
+            if not isinstance(step, FusedStep) or state_dtype is not None:
+                raise
+            warnings.warn(f"Decoding without fused kernels: they cannot run here ({error}).", stacklevel=2)
+            step = model.step_to_capture(states, fused=False)
+            self._warm_up(model, step)
+        return step
 
-    def _warm_up(self, model: Any) -> None:
-        """Kernels are compiled, and workspaces allocated, before the capture."""
-        side = _side_stream(model.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+    def _warm_up(self, model: Any, step: CacheStep) -> None:
+        with on_side_stream(model.device):
             for _ in range(2):
-                self.step.run(model, self.tokens)
-                self.step.upkeep(model)
-        torch.cuda.current_stream().wait_stream(side)
+                step.run(model, self.tokens)
+                step.upkeep(model)
 
     def begin_at(self, model: Any, cache: Cache) -> None:
         """Begin where a cache is, with the weights as they are now."""
-        self.taken = len(next(_tensors(cache)))
+        self.taken = len(next(tensors_of(cache)))
         self.step.begin(model, cache)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -187,18 +192,71 @@ class GraphedStep:
         self.step.end(model, cache)
 
 
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Tensors made inside can be changed wherever a graph is replayed, also where the capture ran in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def on_side_stream(device: torch.device) -> Iterator[None]:
+    """What is launched inside runs where captures do, behind what was launched before and ahead of what comes after."""
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream(device).wait_stream(side)
+
+
+def captured(run: Callable[[], _Result], device: torch.device, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, _Result]:
+    """A graph of what `run` launches, and its result, which a replay writes again. It must have run before.
+
+    Args:
+        pool: memory of other graphs that may be overwritten in a replay; None: memory of its own.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with (  # the stream as it was: a capture that ends in an error may leave its own the current one
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(graph, pool=pool, stream=_side_stream(device)),
+    ):
+        result = run()
+    return graph, result
+
+
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that steps are captured on: cuBLAS keeps a workspace of 32 MB for every stream that it ever ran on."""
+    """The stream of all captures: cuBLAS keeps a workspace of 32 MB for every stream that it ever ran on."""
     return torch.cuda.Stream(device)
 
 
-class DecodeGraphs:
-    """The graphs of one model, by number of rows and kind of states; empty as soon as a weight has another place."""
+class CapturedGraphs:
+    """Graphs of one model, the one used longest ago first."""
 
     def __init__(self) -> None:
         self.weights: tuple[int, ...] = ()
-        self.graphs: OrderedDict[Any, GraphedStep] = OrderedDict()
+        self.graphs: OrderedDict[Any, Any] = OrderedDict()
+
+    def refresh(self, model: Any) -> bool:
+        """Forget what was captured if a weight has another place now, or where adapters may have been switched. Whether a
+        graph can be used again: see `_are_ours`."""
+        modules = _modules(model)
+        weights = tuple(weight.data_ptr() for weight in _weights(modules))
+        ours = _are_ours(modules)
+        if weights != self.weights or not ours:
+            self.forget()
+            self.weights = weights
+        return ours
+
+    def forget(self) -> None:
+        """Release all graphs."""
+        self.graphs.clear()
+
+
+class DecodeGraphs(CapturedGraphs):
+    """The graphs of steps, by number of rows and kind of states."""
+
+    graphs: "OrderedDict[Any, GraphedStep]"
 
     def step(
         self, model: Any, cache: Cache, tokens: int, insist: bool = False, state_dtype: torch.dtype | None = None
@@ -208,14 +266,10 @@ class DecodeGraphs:
         Args:
             state_dtype: of the recurrent states meanwhile; None: as they are.
         """
-        reusable = _is_ours(model)
-        weights = tuple(parameter.data_ptr() for parameter in model.parameters())
-        if weights != self.weights or not reusable:
-            self.graphs.clear()
-            self.weights = weights
-        shapes = [tensor.shape[1:] for tensor in _tensors(cache)]
-        rows = _bucket(len(next(_tensors(cache))))
-        key = rows, tuple(tensor.dtype for tensor in _tensors(cache)), tuple(shapes), state_dtype
+        self.refresh(model)
+        shapes = [tensor.shape[1:] for tensor in tensors_of(cache)]
+        rows = _bucket(len(next(tensors_of(cache))))
+        key = rows, tuple(tensor.dtype for tensor in tensors_of(cache)), tuple(shapes), state_dtype
         if key not in self.graphs:
             if tokens < WORTH_CAPTURING and not insist:
                 return None
@@ -234,16 +288,23 @@ class DecodeGraphs:
         return graph
 
 
-_GRAPHS: "weakref.WeakKeyDictionary[Any, DecodeGraphs]" = weakref.WeakKeyDictionary()
+_GRAPHS: "weakref.WeakKeyDictionary[Any, dict[type, CapturedGraphs]]" = weakref.WeakKeyDictionary()
 
 
 def graphs_of(model: Any) -> DecodeGraphs:
-    """The model's graphs, which go when it goes."""
-    return _GRAPHS.setdefault(model, DecodeGraphs())
+    """The graphs of the model's steps, which go when it goes."""
+    return kept_for(model, DecodeGraphs)
+
+
+def kept_for(model: Any, kind: type[_Graphs]) -> _Graphs:
+    """The model's graphs of one kind, which go when it goes."""
+    graphs = _GRAPHS.setdefault(model, {}).setdefault(kind, kind())
+    assert isinstance(graphs, kind)
+    return graphs
 
 
 def release_graphs(model: Any) -> None:
-    """Gives the memory of a model's captured steps back; `generate` captures them again when it needs them."""
+    """Gives the memory of a model's captured steps and passes back; `generate` captures them again when it needs them."""
     _GRAPHS.pop(model, None)
 
 
@@ -253,15 +314,17 @@ def why_not_graphed(model: Any, generation_config: Any, stopping_criteria: Any, 
         return f"the model is on {model.device.type!r}, not on a CUDA device"
     if getattr(model, "hf_device_map", None) or getattr(model, "_hf_hook", None) is not None:
         return "its weights are moved by accelerate"
-    if len({parameter.device for parameter in model.parameters()}) > 1:
+    modules = _modules(model)
+    if len({weight.device for weight in _weights(modules)}) > 1:
         return "its weights are on several devices"
     if not kernels_enabled():
         return "kernels are switched off"
     if model.training:
         return "the model is in training mode: call eval()"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    of_all = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
+    if of_all or any(module._forward_hooks or module._forward_pre_hooks for module in modules):
         return "modules have forward hooks, which a graph would not call"
-    foreign = sorted({type(module).__name__ for module in model.modules() if not _may_be_captured(module)})
+    foreign = sorted(kind.__name__ for kind in {module.__class__ for module in modules} if not _may_be_captured(kind))
     if foreign:
         return f"nothing is known about modules of the types {foreign}"
     if not model_kwargs.get("use_cache", True):
@@ -290,9 +353,25 @@ _PLAIN = (
 )
 
 
-def _may_be_captured(module: nn.Module) -> bool:
-    package = type(module).__module__
-    return type(module) in _PLAIN or _is_own(package) or package.startswith("peft.tuners.lora")
+def _may_be_captured(kind: type[nn.Module]) -> bool:
+    package = kind.__module__
+    return kind in _PLAIN or _is_own(package) or package.startswith("peft.tuners.lora")
+
+
+def _modules(model: Any) -> list[nn.Module]:
+    """All modules, in any order, in a fifth of the time that `modules` takes, for which every call would wait."""
+    found: dict[int, nn.Module] = {}
+    left = [model]
+    while left:
+        module = left.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            left.extend(module._modules.values())
+    return list(found.values())
+
+
+def _weights(modules: list[nn.Module]) -> Iterator[torch.Tensor]:
+    return (weight for module in modules for weight in module._parameters.values() if weight is not None)
 
 
 def can_be_fused(model: Any, rows: int) -> bool:
@@ -308,7 +387,7 @@ def can_be_fused(model: Any, rows: int) -> bool:
     return (
         rows <= MOST_FUSED_ROWS
         and kernels_can_run(model.device)
-        and _is_ours(model)
+        and _are_ours(_modules(model))
         and all(block.mixer.convolution_is_plain for block in model.backbone.layers)
         and all(type(module) is nn.Linear or _is_own(type(module).__module__) for module in linear)
         and len(dtypes) == 1
@@ -320,9 +399,9 @@ def _is_own(package: str) -> bool:
     return package.rpartition(".")[0] == __name__.rpartition(".")[0] or package.startswith("transformers_modules.")
 
 
-def _is_ours(model: Any) -> bool:
-    """Whether nothing in it can change what a step does but its weights: adapters are switched in Python."""
-    return not any(type(module).__module__.startswith("peft.") for module in model.modules())
+def _are_ours(modules: list[nn.Module]) -> bool:
+    """Whether nothing in a model can change what a step does but its weights: adapters are switched in Python."""
+    return not any(kind.__module__.startswith("peft.") for kind in {module.__class__ for module in modules})
 
 
 def _bucket(rows: int) -> int:
@@ -334,7 +413,7 @@ def _run(model: Any, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
     return model(tokens, cache_params=cache, use_cache=True, logits_to_keep=1, return_dict=True).logits[:, -1]
 
 
-def _tensors(cache: Cache) -> Iterator[torch.Tensor]:
+def tensors_of(cache: Cache) -> Iterator[torch.Tensor]:
     """All states of a filled cache."""
     for layer in cache.layers:
         for slot in range(layer.number_of_states):

@@ -16,6 +16,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .decode_graph import RUNS_AHEAD, CacheStep, EagerStep, FusedStep, decode, graphs_of, why_not_graphed
+from .prompt_graph import prompts_through_graphs
 from .recurrent_passes import Progress, check_chunk_length, check_no_empty_prompt, check_token_ids
 from .token_loss import loss_kernels_run, token_loss
 
@@ -70,9 +71,10 @@ class RecurrentGenerationMixin(GenerationMixin):
                 memory for activations bounded by the chunk. Default: chunks of 16,384.
             prefill_progress (`Callable[[int, int], Any]`, *optional*): called after every chunk with the tokens read and
                 the tokens to read.
-            cuda_graph (`bool`, *optional*): decode with captured steps (decode_graph.py), with the same result but for
-                rounding. Default: on CUDA, where it is possible and worth the capture. True raises where it is not
-                possible; False leaves decoding to transformers' own loop.
+            cuda_graph (`bool`, *optional*): decode with captured steps (decode_graph.py), and read prompts of a length that
+                comes again through captured passes (prompt_graph.py), with the same result but for rounding. Default: on
+                CUDA, where it is possible and worth the capture. True captures at once, and raises where steps cannot be
+                captured; False captures nothing and leaves decoding to transformers' own loop.
             state_dtype (`torch.dtype`, *optional*): of the recurrent state while captured steps decode, such as
                 `torch.bfloat16`: less memory traffic for large batches, and a state that is rounded after every token.
                 Default: as the prompt leaves it, in float32. Raises where steps cannot be captured.
@@ -154,7 +156,8 @@ class RecurrentGenerationMixin(GenerationMixin):
             return loop(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
-        output = self._prefill(input_ids, generation_config, model_kwargs)
+        with prompts_through_graphs(self, insist=bool(call.cuda_graph)):
+            output = self._prefill(input_ids, generation_config, model_kwargs)
         cache = output.cache_params
         steps = stopping_criteria.max_length - input_ids.shape[1] - 1
         insist = bool(call.cuda_graph) or call.state_dtype is not None

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from .precision import sent
+from .prompt_graph import prompt_reader
 
 DEFAULT_CHUNK_LENGTH = 16_384  # longer inputs are read in chunks of this, unless gradients are needed
 
@@ -100,11 +101,17 @@ class StateReader:
         self._span: torch.Tensor | None = None
         self._points: torch.Tensor | None = None
 
-    def read(self, states: torch.Tensor, begin: int) -> None:
+    def read(self, states: torch.Tensor, begin: int, lent: bool = False) -> None:
+        """Take what is wanted of states [B, T, H] of the positions from `begin` on.
+
+        Args:
+            lent: something else will stand there soon; what is kept has to be copied.
+        """
         end = begin + states.shape[1]
         low, high = max(self.span[0], begin), min(self.span[1], end)
         if low < high:
-            self._read_span(states if (low, high) == (begin, end) else states[:, low - begin : high - begin], low)
+            inside = states if (low, high) == (begin, end) else states[:, low - begin : high - begin]
+            self._read_span(inside, low, lent)
         if self.points is not None:
             local = self.points - begin
             inside = (local >= 0) & (local < end - begin)
@@ -112,12 +119,12 @@ class StateReader:
             other = torch.zeros_like(found) if self._points is None else self._points
             self._points = torch.where(inside.unsqueeze(-1), found, other)
 
-    def _read_span(self, states: torch.Tensor, begin: int) -> None:
+    def _read_span(self, states: torch.Tensor, begin: int, lent: bool) -> None:
         """Keep states of the span's positions from `begin` on: as they are where they are all of it, for callers may want to
         retain their gradient; else in one tensor, since pieces and their union would take the room twice."""
         start, stop = self.span
         if states.shape[1] == stop - start:
-            self._span = states
+            self._span = states.clone() if lent else states
             return
         if self._span is None:
             self._span = states.new_empty(states.shape[0], stop - start, states.shape[2])
@@ -151,7 +158,12 @@ class RecurrentBackbone:
       [B, T, H]; `lengths` [B] or None says how many of the T positions are tokens, the states in `cache_params` are
       continued and updated, and `block_states` (a list or None) receives the blocks' outputs. `adaptation` is what a pass
       has to know besides the embeddings.
+
+    passes_can_be_captured: whether `run_layers` asks the device nothing, and `adaptation` is an `Adaptation`, so that a pass
+        can become a CUDA graph.
     """
+
+    passes_can_be_captured = False
 
     config: Any
     training: bool
@@ -187,7 +199,8 @@ class RecurrentBackbone:
         reader: StateReader,
         progress: Progress | None,
     ) -> None:
-        """One pass over positions [0, max(lengths)), in chunks whose states carry over.
+        """One pass over positions [0, max(lengths)), in chunks whose states carry over; while `generate` reads a prompt,
+        through graphs where they are faster (prompt_graph.py).
 
         Args:
             embed: gives the embeddings of positions [begin, end), and what else `run_layers` has to know of them.
@@ -197,15 +210,20 @@ class RecurrentBackbone:
         spans = list(_chunks(max(*lengths, 1), chunk_length))  # rows of pads alone still get their states
         if len(spans) > 1 and cache_params is None:
             cache_params = DynamicCache(config=self.config)
+        graphs = prompt_reader(self) if reader.blocks is None else None
         for begin, end in spans:
             hidden_states, adaptation = embed(begin, end)
-            tokens = None
-            if min(lengths) < end:
-                tokens = sent([min(max(length - begin, 0), end - begin) for length in lengths], hidden_states.device)
+            counts = [min(max(length - begin, 0), end - begin) for length in lengths]
             block_states: list[torch.Tensor] = []
-            wanted = block_states if reader.blocks is not None else None
-            states = self.run_layers(hidden_states, tokens, adaptation, cache_params, wanted)
-            reader.read(states, begin)
+            states = None
+            if graphs is not None:
+                states = graphs.read(hidden_states, counts, adaptation, cache_params, chunk_length)
+            lent = states is not None
+            if states is None:
+                tokens = sent(counts, hidden_states.device) if min(lengths) < end else None
+                wanted = block_states if reader.blocks is not None else None
+                states = self.run_layers(hidden_states, tokens, adaptation, cache_params, wanted)
+            reader.read(states, begin, lent)
             if reader.blocks is not None:
                 reader.blocks.append(block_states)
             if progress is not None:

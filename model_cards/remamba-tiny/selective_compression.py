@@ -300,6 +300,13 @@ class Adaptation(NamedTuple):
         scaled = flat[self.where] * self.alpha.unsqueeze(-1).to(flat.dtype)
         return flat.index_copy(0, self.where, scaled).view_as(sequence)
 
+    def in_wider_rows(self, width: int, wider: int, slots: int) -> "Adaptation":
+        """The same where [B, `width`] tokens are padded to [B, `wider`], in `slots` entries: the last one is repeated, which
+        changes nothing, since all that uses an entry reads the sequence as it was and writes the same to the same place."""
+        where = self.where + self.where // width * (wider - width)
+        entries = torch.arange(slots, device=where.device).clamp(max=len(where) - 1)
+        return Adaptation(where[entries], self.alpha[entries])
+
 
 @dataclass
 class CompressedPrompt:

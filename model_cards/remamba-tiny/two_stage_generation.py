@@ -79,6 +79,7 @@ class TwoStageBackbone(RecurrentBackbone):
     """What a compressing backbone does besides its layers: it has a `compressor` (a `SelectiveCompressor`)."""
 
     compressor: SelectiveCompressor
+    passes_can_be_captured = True
 
     def read_rows(
         self,

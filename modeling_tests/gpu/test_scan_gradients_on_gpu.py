@@ -17,7 +17,7 @@ from modeling_tests.modeling.test_scan_gradients import (
     probes_of,
 )
 from modeling_tests.modeling.test_scan_kernels import scan_arguments
-from modeling_tests.modeling.tiny_models import tiny_model
+from modeling_tests.modeling.tiny_models import tiny_memmamba, tiny_model
 from remamba_hf.modeling import scan_gradients as module
 from remamba_hf.modeling import selective_scan as dispatch
 from remamba_hf.modeling.decode_kernels import kernels_can_run
@@ -120,7 +120,8 @@ def test_large_models(rows, length, channels, dtype):
     for name in ("x", "dt", "z", "A", "D", "dt_bias", "shift"):
         all_channels, wanted = getattr(found, name), getattr(alone, name)
         part = all_channels[some] if name == "A" else all_channels[..., some]
-        note(f"own scan, d{name} of some channels of many", part, wanted, 1e-6)
+        # Programs begin at other channels, so sums differ in their last bits; in bfloat16 some results then round otherwise.
+        note(f"own scan, d{name} of some channels of many", part, wanted, 1e-6 if part.dtype == torch.float32 else 1e-5)
     expected = [0.0, 0.0]
     for first in range(0, channels, 512):
         part = slice(first, first + 512)
@@ -130,7 +131,7 @@ def test_large_models(rows, length, channels, dtype):
         note(f"own scan, d{name} of many channels", gradient, wanted, 2e-6)
 
 
-@pytest.mark.parametrize("workspace", [1 << 20, 1 << 24])
+@pytest.mark.parametrize("workspace", [1 << 20, 1 << 21])  # some channels of a row, one row
 def test_slices_change_nothing(workspace, monkeypatch):
     arguments = full_size(3, 500, 300, torch.bfloat16, lengths=(500, 70, 499), shift=True)
     dy, dfinal = probes_of(arguments, True)
@@ -187,7 +188,7 @@ def test_beside_mamba_ssm():
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_whole_model(family, autocast, checkpointing, monkeypatch):
-    """Its loss and gradients with kernels and without, and that the own kernel is what made them."""
+    """Its gradients with kernels beside those of plain torch, against plain torch in float32; the own kernel made them."""
     calls = []
 
     def counted(*arguments: Any) -> Any:
@@ -195,26 +196,33 @@ def test_a_whole_model(family, autocast, checkpointing, monkeypatch):
         return scan_with_gradients(*arguments)
 
     monkeypatch.setattr(dispatch, "scan_with_gradients", counted)
-    model = tiny_model(family=family, dtype=torch.float32).to(CUDA).train()
+    make = tiny_memmamba if family == "memmamba" else tiny_model
+    model = make(torch.float32).to(CUDA).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     ids = torch.randint(0, model.config.vocab_size, (3, 60), generator=torch.Generator().manual_seed(0)).to(CUDA)
     mask = (torch.arange(60) < torch.tensor([60, 41, 50])[:, None]).long().to(CUDA)
     labels = ids.masked_fill((mask == 0) | (torch.arange(60, device=CUDA) < 40), -100)
 
-    def gradients() -> dict[str, torch.Tensor]:
+    def gradients(autocast: bool) -> dict[str, torch.Tensor]:
         model.zero_grad()
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
-    found = gradients()
+    found = gradients(autocast)
     assert calls
     with without_kernels():
-        expected = gradients()
-    assert found.keys() == expected.keys()
-    for name, wanted in expected.items():
-        note(f"model through the own scan, autocast {autocast}", found[name], wanted, 0.1 if autocast else 1e-3)
+        plain, expected = gradients(autocast), gradients(False)
+    assert found.keys() == plain.keys() == expected.keys()
+
+    def joined(of: dict[str, torch.Tensor]) -> torch.Tensor:
+        """All gradients, each in units of its own size, so that none hides behind others."""
+        sizes = {name: wanted.square().mean().sqrt().clamp(min=1e-12) for name, wanted in expected.items()}
+        return torch.cat([(of[name] / sizes[name]).flatten() for name in expected])
+
+    allowed = max(2 * rms_ratio(joined(plain), joined(expected)), 1e-3)
+    note(f"model through the own scan, autocast {autocast}", joined(found), joined(expected), allowed)
 
 
 def test_the_second_device_while_the_first_is_current():
