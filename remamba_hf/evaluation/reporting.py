@@ -165,9 +165,13 @@ def set_log_scale(axes: Any) -> None:
     """A logarithmic axis of values with their plain numbers: the default writes 6.1 x 10^1 where values are close."""
     from matplotlib.ticker import LogFormatter  # only plots need matplotlib
 
+    class Plain(LogFormatter):  # which chooses the ticks that are labelled, but writes 6e-02
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     axes.set(yscale="log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain())
 
 
 def set_length_ticks(axes: Any, lengths: Sequence[int], labels: Sequence[str] | None = None) -> None:
