@@ -238,6 +238,7 @@ def test_an_interrupted_run_ends_as_one_without_a_break(llama_folder, tmp_path, 
     whole, cut = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "cut"))
     assert whole.pop("run")["answered"] == 7
     assert cut.pop("run")["answered"] == 7 - count
+    assert whole.pop("date") <= cut.pop("date")  # of its end
     assert whole == cut
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("cut")) == [
         "cut.answers.jsonl",
