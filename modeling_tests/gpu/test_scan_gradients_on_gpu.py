@@ -23,6 +23,7 @@ from remamba_hf.modeling import selective_scan as dispatch
 from remamba_hf.modeling.decode_kernels import kernels_can_run
 from remamba_hf.modeling.optional_kernels import load_kernel, without_kernels
 from remamba_hf.modeling.scan_gradients import GradientPlan, gradient_plan, scan_backward, scan_with_gradients
+from remamba_hf.modeling.scan_kernels import scan_plan
 from remamba_hf.modeling.selective_scan import selective_scan
 
 pytestmark = pytest.mark.gpu
@@ -111,17 +112,17 @@ def test_large_models(rows, length, channels, dtype):
     float64. All that is shared: no worse than twice plain torch."""
     lengths = tuple(length - row * 300 for row in range(rows))
     arguments = full_size(rows, length, channels, dtype, lengths=lengths, shift=True)
-    some = slice(channels - 24, channels)
+    some = slice(channels - 32, channels)  # whole programs, which then compute the same
+    starts_plan = scan_plan(rows, length, channels, 16)
     few = some_channels(arguments, some)
     check(few)
     dy, dfinal = probes_of(arguments, True)
-    found = scan_backward(dy, dfinal, **arguments)
-    alone = scan_backward(dy[..., some], dfinal[:, some], **few)
+    found = scan_backward(dy, dfinal, **arguments, starts_plan=starts_plan)
+    alone = scan_backward(dy[..., some], dfinal[:, some], **few, starts_plan=starts_plan)
     for name in ("x", "dt", "z", "A", "D", "dt_bias", "shift"):
         all_channels, wanted = getattr(found, name), getattr(alone, name)
         part = all_channels[some] if name == "A" else all_channels[..., some]
-        # Programs begin at other channels, so sums differ in their last bits; in bfloat16 some results then round otherwise.
-        note(f"own scan, d{name} of some channels of many", part, wanted, 1e-6 if part.dtype == torch.float32 else 1e-5)
+        note(f"own scan, d{name} of some channels of many", part, wanted, 1e-6)
     expected = [0.0, 0.0]
     for first in range(0, channels, 512):
         part = slice(first, first + 512)
@@ -216,13 +217,9 @@ def test_a_whole_model(family, autocast, checkpointing, monkeypatch):
         plain, expected = gradients(autocast), gradients(False)
     assert found.keys() == plain.keys() == expected.keys()
 
-    def joined(of: dict[str, torch.Tensor]) -> torch.Tensor:
-        """All gradients, each in units of its own size, so that none hides behind others."""
-        sizes = {name: wanted.square().mean().sqrt().clamp(min=1e-12) for name, wanted in expected.items()}
-        return torch.cat([(of[name] / sizes[name]).flatten() for name in expected])
-
-    allowed = max(2 * rms_ratio(joined(plain), joined(expected)), 1e-3)
-    note(f"model through the own scan, autocast {autocast}", joined(found), joined(expected), allowed)
+    for name, wanted in expected.items():
+        allowed = max(2 * rms_ratio(plain[name], wanted), 0.1) if autocast else 1e-3
+        note(f"model through the own scan, autocast {autocast}", found[name], wanted, allowed)
 
 
 def test_the_second_device_while_the_first_is_current():
