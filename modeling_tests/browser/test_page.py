@@ -88,6 +88,20 @@ def drop(page, path: Path) -> None:
     page.set_input_files("#file input[type=file]", path)
 
 
+def open_settings(page) -> None:
+    page.click("text=Settings")
+    # Gradio writes the first values into the fields once more some milliseconds after they appear: faster than any person
+    # types, but not than Playwright.
+    page.wait_for_timeout(1000)
+
+
+def set_number(page, name: str, value: str) -> None:
+    field = page.locator(f"#{name} input")
+    field.fill(value)
+    field.press("Tab")  # Gradio takes a number over when its field is left
+    playwright.expect(field).to_have_value(value)
+
+
 def ask(page, question: str = QUESTION) -> None:
     page.locator("#question").locator("input, textarea").fill(question)
     page.click("#ask")
@@ -122,14 +136,14 @@ def test_drop_a_long_file(page, tmp_path):
     path.write_text(book(20_500))
     drop(page, path)
     status(page, "characters in the file")
-    page.click("text=Settings")
+    open_settings(page)
     page.uncheck("#compress input")
     ask(page)
     status(page, "Done")
     assert page.input_value("#answer textarea") == "48213"
     assert "not compressed" in page.inner_text("#facts")
     page.check("#compress input")
-    page.fill("#compression_ratio input", "0.01")
+    set_number(page, "compression_ratio", "0.01")
     page.click("#ask")
     status(page, "Reading|Starting")
     status(page, "Done")
@@ -177,9 +191,8 @@ def test_errors_are_sentences(page, tmp_path):
     page.click("#file button[aria-label=Clear]")
     drop(page, path_of(tmp_path, "good.txt", b"some words"))
     status(page, "10 characters in the file")
-    page.click("text=Settings")
-    page.fill("#length input", "0")
-    page.press("#length input", "Tab")  # Gradio takes a number over when its field is left
+    open_settings(page)
+    set_number(page, "length", "0")
     page.click("#ask")
     assert status(page, "at least 1").startswith("Give a number of new tokens")
     assert page.locator("#ask").is_enabled()
