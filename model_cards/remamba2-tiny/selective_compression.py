@@ -148,17 +148,36 @@ def as_numbers(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def draw_training_setting(config: Any, start: Any = None, span: Any = None, ratio: Any = None) -> Setting:
-    """s, p and rho of one training forward: as given, else uniform in the configured range, from torch's global CPU
-    generator, else as configured."""
-    values: list[Any] = []
-    for name, value in zip(Setting._fields, (start, span, ratio), strict=True):
-        bounds = getattr(config, f"train_compression_{name}")
-        if value is None and bounds is not None:
-            low, high = bounds
-            value = low + (high - low) * torch.rand((), dtype=torch.float64).item() if low < high else low
-        values.append(getattr(config, f"compression_{name}") if value is None else value)
-    return Setting(*values)
+def training_settings(
+    config: Any, batch: int, start: Any = None, span: Any = None, ratio: Any = None, seeds: list[int] | None = None
+) -> list[Setting]:
+    """Every row's s, p and rho in one training forward: as given, else uniform in the configured range, else as configured.
+
+    Args:
+        seeds: one a row; None: one draw for all rows, from torch's global CPU generator.
+    """
+    ranges = [getattr(config, f"train_compression_{name}") for name in Setting._fields]
+    columns: list[Any] = [start, span, ratio]
+    drawn = [index for index, value in enumerate(columns) if value is None and ranges[index] is not None]
+    if seeds is None:
+        for index in drawn:
+            low, high = ranges[index]
+            columns[index] = low + (high - low) * torch.rand((), dtype=torch.float64).item() if low < high else low
+    else:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        places = [torch.rand(len(columns), dtype=torch.float64, generator=generator).tolist() for generator in generators]
+        for index in drawn:
+            low, high = ranges[index]
+            columns[index] = [low + (high - low) * place[index] for place in places]
+    return settings_for_rows(config, batch, *columns)
+
+
+def checked_seeds(seeds: Any, batch: int) -> list[int]:
+    """`compression_seeds` as numbers; raises ValueError."""
+    rows = as_numbers(seeds)
+    if not isinstance(rows, list) or len(rows) != batch or not all(isinstance(row, int) for row in rows):
+        raise ValueError(f"compression_seeds must be {batch} integers, one a row; got {seeds!r}.")
+    return rows
 
 
 def training_window(config: Any, prompt_length: int, drawn: Setting, max_kept: int | None = None) -> Window:

@@ -32,8 +32,8 @@ from .selective_compression import (
     SelectiveCompressor,
     Window,
     as_numbers,
-    draw_training_setting,
     settings_for_rows,
+    training_settings,
     training_window,
     window_of,
 )
@@ -189,13 +189,15 @@ class TwoStageBackbone(RecurrentBackbone):
         span: Any = None,
         ratio: Any = None,
         trains: bool = False,
+        seeds: list[int] | None = None,
     ) -> list[Window]:
-        """Each row's window: settings given for the call, the others drawn if the model trains, else the configuration's."""
+        """Each row's window: settings given for the call, the others drawn if the model trains (`seeds`: see
+        `training_settings`), else the configuration's."""
         config, batch = self.config, len(row_lengths)
         if prompt_lengths is None:
             return [Window(0, 0, 0)] * batch
-        given = (start, span, ratio)
-        settings = settings_for_rows(config, batch, *(draw_training_setting(config, *given) if trains else given))
+        given = (config, batch, start, span, ratio)
+        settings = training_settings(*given, seeds) if trains else settings_for_rows(*given)
         rows = zip(prompt_lengths, settings, strict=True)
         most = config.compression_max_kept if ratio is None else None  # a ratio asked for is a ratio given
         if trains and span is None:

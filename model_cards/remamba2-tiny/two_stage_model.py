@@ -27,7 +27,7 @@ from .recurrent_model import (
     is_unhooked,
 )
 from .recurrent_passes import Progress, chunk_length_for
-from .selective_compression import Adaptation, SelectiveCompressor, settings_for_rows
+from .selective_compression import Adaptation, SelectiveCompressor, checked_seeds, settings_for_rows
 from .two_stage_generation import (
     TwoStageBackbone,
     TwoStageCausalLMOutput,
@@ -126,6 +126,7 @@ class TwoStageModel(TwoStageBackbone, RecurrentModel):
         compression_start: Any = None,
         compression_span: Any = None,
         compression_ratio: Any = None,
+        compression_seeds: Any = None,
         prefill_chunk_length: int | None = None,
         prefill_progress: Progress | None = None,
         columns_to_keep: int | None = None,
@@ -146,6 +147,9 @@ class TwoStageModel(TwoStageBackbone, RecurrentModel):
                 None: compress where `prompt_lengths` or `labels` tell the prompts.
             compression_start, compression_span, compression_ratio: float or one a row; None: the configuration's, or in
                 training mode drawn from its `train_compression_*` ranges.
+            compression_seeds: [B] long, seeds of what each row draws, which then depends neither on the other rows nor on
+                what was drawn before; None: one draw for all rows, from torch's generator. Without effect where nothing
+                is drawn.
             prefill_chunk_length: read that many positions at a time (inference only).
             prefill_progress: called with (positions read, positions to read) after each chunk.
             columns_to_keep: return only the last columns of `last_hidden_state`.
@@ -159,12 +163,13 @@ class TwoStageModel(TwoStageBackbone, RecurrentModel):
         )
         settings = (compression_start, compression_span, compression_ratio)
         settings_for_rows(self.config, rows.batch, *settings)  # raises on what is out of range
+        seeds = None if compression_seeds is None else checked_seeds(compression_seeds, rows.batch)
         # `generate` reads a prompt without labels and gradients, and never draws, in whichever mode the model is.
         trains = self.training and (labels is not None or torch.is_grad_enabled())
         prompts = prompts_to_compress(rows, compress_prompt, prompt_lengths, labels, settings, is_filled(cache_params))
         output = self.read_rows(
             rows,
-            self.plan_windows(rows.lengths, prompts, *settings, trains=trains),
+            self.plan_windows(rows.lengths, prompts, *settings, trains=trains, seeds=seeds),
             prompts or rows.lengths,
             cache_params,
             columns_to_keep,
@@ -222,6 +227,7 @@ class TwoStageForCausalLM(RecurrentForCausalLM, TwoStageGenerationMixin):
         compression_start: Any = None,
         compression_span: Any = None,
         compression_ratio: Any = None,
+        compression_seeds: Any = None,
         prefill_chunk_length: int | None = None,
         prefill_progress: Progress | None = None,
         prompt_copies: int = 1,
@@ -253,6 +259,7 @@ class TwoStageForCausalLM(RecurrentForCausalLM, TwoStageGenerationMixin):
             "compression_start": compression_start,
             "compression_span": compression_span,
             "compression_ratio": compression_ratio,
+            "compression_seeds": compression_seeds,
             "prefill_chunk_length": prefill_chunk_length,
             "prefill_progress": prefill_progress,
             "use_cache": use_cache,

@@ -221,6 +221,28 @@ def test_training_draws(family):
     assert kept(1) == kept(2) == before
 
 
+def test_seeded_draws_belong_to_the_rows(family):
+    """A row keeps the same vectors in whichever batch it comes; evaluation draws nothing; bad seeds are named."""
+    ranges = dict(train_compression_span=(0.2, 0.8), train_compression_ratio=(0.1, 0.9))
+    model = tiny_model(family=family, **ranges).train()
+    _, batch = labelled_batch()
+    rows = len(batch["input_ids"])
+    seeds = torch.arange(rows) + 40
+    together = model(**batch, compression_seeds=seeds).compressed_positions
+    for row in range(rows):
+        alone = model(
+            **{name: value[row : row + 1] for name, value in batch.items()}, compression_seeds=seeds[row : row + 1]
+        )
+        kept = together[row][together[row] >= 0]
+        assert torch.equal(alone.compressed_positions[0], kept)
+    assert not torch.equal(model(**batch, compression_seeds=seeds + 9).compressed_positions, together)
+    plain = model.eval()(**batch).compressed_positions
+    assert torch.equal(model(**batch, compression_seeds=seeds).compressed_positions, plain)
+    for wrong in (seeds[:-1], seeds.double(), 3):
+        with pytest.raises(ValueError, match=f"compression_seeds must be {rows} integers"):
+            model(**batch, compression_seeds=wrong)
+
+
 def test_training_with_drawn_settings_is_the_same_under_checkpointing(family):
     model = tiny_model(family=family, train_compression_span=(0.2, 0.8), train_compression_ratio=(0.1, 0.9)).train()
     _, batch = labelled_batch()

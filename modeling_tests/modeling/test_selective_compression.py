@@ -14,8 +14,8 @@ from remamba_hf.modeling.selective_compression import (
     SelectiveCompressor,
     Setting,
     Window,
-    draw_training_setting,
     settings_for_rows,
+    training_settings,
     training_window,
     window_of,
 )
@@ -77,7 +77,7 @@ def test_the_authors_training_rule(prompt, seed):
         train_compression_tail=1500,
     )
     torch.manual_seed(seed)
-    drawn = draw_training_setting(config)
+    drawn = training_settings(config, 1)[0]
     assert drawn.start == 0.0
     assert 0.1 <= drawn.span <= 0.3
     assert 0.05 <= drawn.ratio <= 0.2
@@ -96,7 +96,7 @@ def test_training_draws_follow_the_seed_and_fill_their_ranges():
 
     def draws(seed, count):
         torch.manual_seed(seed)
-        return [draw_training_setting(config) for _ in range(count)]
+        return [training_settings(config, 1)[0] for _ in range(count)]
 
     assert draws(3, 20) == draws(3, 20)
     assert draws(3, 20) != draws(4, 20)
@@ -109,10 +109,32 @@ def test_training_draws_follow_the_seed_and_fill_their_ranges():
     assert ((high - columns.amax(0)) < 0.01).all()
 
 
+def test_seeds_make_a_rows_draw_its_own():
+    config = tiny_config(train_compression_start=(0.0, 0.4), train_compression_span=(0.1, 0.3), train_compression_ratio=None)
+    before = torch.get_rng_state()
+    rows = training_settings(config, 3, seeds=[5, 6, 5])
+    assert rows[0] == rows[2] == training_settings(config, 1, seeds=[5])[0]
+    assert rows[0].start != rows[1].start
+    assert rows[0].span != rows[1].span
+    assert {row.ratio for row in rows} == {config.compression_ratio}
+    # What is given for the call is not drawn, and leaves the other draws as they were.
+    assert training_settings(config, 2, span=[0.2, 0.3], seeds=[5, 6]) == [
+        rows[0]._replace(span=0.2),
+        rows[1]._replace(span=0.3),
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    many = torch.tensor(training_settings(config, 2000, seeds=list(range(2000))), dtype=torch.float64)[:, :2]
+    low, high = torch.tensor([0.0, 0.1]), torch.tensor([0.4, 0.3])
+    assert ((many.mean(0) - (low + high) / 2).abs() < 0.02 * (high - low)).all()
+    assert ((many.amin(0) - low) < 0.01).all()
+    assert ((high - many.amax(0)) < 0.01).all()
+    assert abs(torch.corrcoef(many.T)[0, 1]) < 0.1
+
+
 def test_fixed_settings_draw_nothing():
     config = tiny_config()
     before = torch.get_rng_state()
-    assert draw_training_setting(config) == Setting(0.1, 0.5, 0.3)
+    assert training_settings(config, 1)[0] == Setting(0.1, 0.5, 0.3)
     assert torch.equal(torch.get_rng_state(), before)
 
 

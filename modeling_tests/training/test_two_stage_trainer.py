@@ -206,6 +206,73 @@ def test_labels_start_after_the_prompt():
         PromptResponseCollator(padding=1)([samples[0], {"prompt_ids": [], "response_ids": [2]}])
 
 
+def test_a_rows_seed_is_its_own():
+    samples = [{"prompt_ids": [5, 6, number], "response_ids": [8] * (1 + number)} for number in range(4)]
+
+    def seeds(rows, seed=3, epoch=0):
+        return PromptResponseCollator(padding=1, seed=seed, epoch=epoch)(rows)["compression_seeds"].tolist()
+
+    together = seeds(samples)
+    assert [seeds([sample])[0] for sample in samples] == together, "whatever its batch is padded to"
+    assert len({*together, *seeds(samples, seed=4), *seeds(samples, epoch=1)}) == 12
+    assert "compression_seeds" not in PromptResponseCollator(padding=1)(samples)
+
+
+def test_seeds_follow_the_epochs_and_not_the_order_of_the_run(tmp_path):
+    """Two epochs: each row draws twice, differently, and a row's draw does not depend on what was drawn before it."""
+    ranges = dict(train_compression_span=(0.2, 0.8), train_compression_ratio=(0.1, 0.9), train_compression_tail=0)
+    data = [{"prompt_ids": [2 + row, *range(2, 20)], "response_ids": [7, 0]} for row in range(4)]
+
+    class Watching(TwoStageTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen[inputs["input_ids"][0, 0].item()].append(inputs["compression_seeds"].item())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def seeds_of(order):
+        settings = arguments(tmp_path, num_train_epochs=2, seed=order, logging_steps=100)
+        model, collator = tiny_model(**ranges), PromptResponseCollator(padding=1, seed=0)
+        Watching(model=model, args=settings, train_dataset=data, data_collator=collator).train()
+
+    runs = []
+    for order in (0, 1):
+        seen = {2 + row: [] for row in range(4)}
+        seeds_of(order)
+        runs.append(seen)
+    assert runs[0] == runs[1]
+    assert all(len(set(seeds)) == 2 for seeds in runs[0].values())
+
+
+def test_logs_tell_what_was_compressed(tmp_path):
+    """Means over the rows since the last log, against what the model returns for the same rows; lost losses are counted."""
+    ranges = dict(train_compression_span=(0.2, 0.8), train_compression_ratio=(0.1, 0.9), train_compression_tail=0)
+    model = tiny_model(**ranges, compression_min_prompt=10)
+    draw = np.random.default_rng(0)
+    data = [{"prompt_ids": draw.integers(8, 30, size), "response_ids": [7, 0]} for size in (4, 12, 30, 50)]
+    collator = PromptResponseCollator(padding=1, seed=0)
+    with torch.no_grad():
+        outputs = [model.train()(**collator([row])) for row in data]
+
+    class Losing(TwoStageTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            with torch.no_grad():
+                model.lm_head.weight[7, 0] = float("nan") if (inputs["labels"] != -100).sum() and lost.pop() else 0.0
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    lost = [False, False, True, False]
+    settings = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=4, logging_steps=1, learning_rate=0.0)
+    trainer = Losing(model=model, args=settings, train_dataset=data, data_collator=collator)
+    trainer.train()
+    logs = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert outputs[0].compressed_positions is None
+    scores = [output.compression_scores[output.compressed_positions >= 0] for output in outputs[1:]]
+    assert logs["compressed"] == 3 / 4
+    assert logs["kept"] == sum(map(len, scores)) / 3
+    alphas = torch.cat(scores).relu()
+    assert alphas.mean() > 0
+    assert logs["alpha"] == pytest.approx(alphas.mean().item(), rel=1e-5)
+    assert logs["overflow"] == 1 / 4
+
+
 def test_trainer_with_collated_pairs_logs_matches_and_lowers_the_loss(family, tmp_path):
     generator = np.random.default_rng(0)
     data = [
