@@ -355,6 +355,14 @@ def test_initialize_compressor_of_another_width(family):
         tiny_model(family=family, expand=1).initialize_compressor()
 
 
+def test_initialize_compressor_from_codes(family):
+    model = tiny_model(family=family)
+    projection = model.backbone.layers[0].mixer.out_proj
+    projection.weight = type("Codes", (torch.nn.Parameter,), {})(projection.weight.detach())
+    with pytest.raises(ValueError, match=matching("quantised.*Load the model without quantization_config")):
+        model.initialize_compressor()
+
+
 def other_kinds(family):
     """A model of another architecture, and the other families', plain where it is of another type, and their own."""
     yield GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0))

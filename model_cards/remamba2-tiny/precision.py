@@ -36,6 +36,12 @@ def with_shift(dt: torch.Tensor, shift: tuple[torch.Tensor, torch.Tensor] | None
     return flat.index_copy(0, where, shifted.to(dt.dtype)).view_as(dt)
 
 
+def is_plain_weight(weight: torch.Tensor) -> bool:
+    """Whether a parameter is the numbers that a layer multiplies with. Quantised weights, of which some claim the dtype of
+    what they stand for, and shares of sharded ones are of classes of their own."""
+    return type(weight) is torch.nn.Parameter
+
+
 def sent(values: Any, device: torch.device) -> torch.Tensor:
     """Values of the host, a tensor or lists of numbers, on a device, without waiting for what that still has to do."""
     tensor = torch.as_tensor(values)

@@ -205,6 +205,17 @@ def reason(model, kwargs=None, **settings):
     return decode_graph.why_not_graphed(OnCuda(model), config, Criteria(), kwargs or {})
 
 
+def with_codes(model):
+    """An ordinary layer with a weight of a class of its own, which is how torchao quantises."""
+
+    class Codes(torch.nn.Parameter):
+        pass
+
+    projection = model.backbone.layers[0].mixer.in_proj
+    projection.weight = Codes(projection.weight.detach())
+    return model
+
+
 def test_reasons_not_to_capture():
     assert reason(tiny_model()) == ""
     assert reason(tiny_model(family="remamba2")) == ""
@@ -218,6 +229,7 @@ def test_reasons_not_to_capture():
     foreign = tiny_model()
     foreign.backbone.layers[0].mixer.in_proj = type("Linear8bit", (torch.nn.Linear,), {})(16, 64)
     assert "['Linear8bit']" in reason(foreign)
+    assert "quantised" in reason(with_codes(tiny_model()))
     moved = tiny_model()
     moved.hf_device_map = {"": 0}
     assert "accelerate" in reason(moved)

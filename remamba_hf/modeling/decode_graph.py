@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 
 from .decode_kernels import dependent_launches, kernels_can_run, norm_linear
 from .optional_kernels import kernels_enabled
+from .precision import is_plain_weight
 
 MOST_GRAPHS = 4  # of one model, each with a state of its own; the one used longest ago is released for another
 WORTH_CAPTURING = 16  # tokens; capturing takes as long as about four steps
@@ -327,6 +328,8 @@ def why_not_graphed(model: Any, generation_config: Any, stopping_criteria: Any, 
     foreign = sorted(kind.__name__ for kind in {module.__class__ for module in modules} if not _may_be_captured(kind))
     if foreign:
         return f"nothing is known about modules of the types {foreign}"
+    if not all(map(is_plain_weight, _weights(modules))):
+        return "its weights are quantised or sharded, which the kernels cannot read"
     if not model_kwargs.get("use_cache", True):
         return "use_cache=False leaves no state to continue"
     if generation_config.output_hidden_states or generation_config.output_attentions:

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from .causal_convolution import causal_conv1d, causal_conv1d_step
 from .decode_kernels import norm_in_one_kernel
 from .optional_kernels import kernels_enabled
-from .precision import at_least_float32
+from .precision import at_least_float32, is_plain_weight
 from .recurrent_generation import RecurrentGenerationMixin
 from .recurrent_passes import PackedRows, RecurrentBackbone, check_shapes, check_token_ids
 
@@ -165,6 +165,7 @@ class RecurrentMixer(OwnStart):
             and residual.shape[1] > 1
             and residual.is_contiguous()
             and type(module) is nn.Linear
+            and is_plain_weight(module.weight)
             and module.bias is None
             and module.weight.dtype in (torch.bfloat16, torch.float16)
             and is_unhooked(module)

@@ -16,6 +16,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .precision import is_plain_weight
 from .recurrent_model import (
     OwnStart,
     RecurrentForCausalLM,
@@ -187,12 +188,17 @@ class TwoStageModel(TwoStageBackbone, RecurrentModel):
         and Value[2] the two H-column blocks of out_proj.
 
         Raises:
-            ValueError: `expand` is not 2, so these blocks do not exist.
+            ValueError: `expand` is not 2, so these blocks do not exist, or layer 0 is quantised.
         """
         size = self.config.hidden_size
         if self.config.intermediate_size != 2 * size:
             raise ValueError(f"The compressor's start needs expand=2, this model has expand={self.config.expand}.")
         mixer: Any = self.layers[0].mixer
+        if not (is_plain_weight(mixer.in_proj.weight) and is_plain_weight(mixer.out_proj.weight)):
+            raise ValueError(
+                "Layer 0 is quantised or sharded: the compressor cannot start from its weights. Load the model without "
+                "quantization_config, initialize_compressor(), save (or remamba convert --init-compressor), and load that."
+            )
         rows = mixer.in_proj.weight.split(size)
         columns = mixer.out_proj.weight.split(size, dim=1)
         compressor: Any = self.compressor
