@@ -7,18 +7,22 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MambaConfig, TrainingArguments
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, MambaConfig, Trainer, TrainingArguments
 
-from modeling_tests.modeling.tiny_models import assert_close, random_rows, tiny_memmamba, tiny_model
+from modeling_tests.modeling import reference_memmamba, reference_two_stages
+from modeling_tests.modeling.tiny_models import RATIO, SPAN, START, assert_close, random_rows, tiny_memmamba, tiny_model
 from remamba_hf.conversion import convert_checkpoint
 from remamba_hf.families import ALL_FAMILIES, FAMILIES
 
 peft = pytest.importorskip("peft")
 
-from remamba_hf.training import PromptResponseCollator, TwoStageTrainer  # noqa: E402
+from remamba_hf.training import PromptResponseCollator  # noqa: E402
 from remamba_hf.training.lora import (  # noqa: E402
     FULLY_TRAINED,
     LORA_TARGETS,
+    AdaptedModel,
     add_lora,
     merge_lora,
     remamba_lora_config,
@@ -110,6 +114,100 @@ def test_everything_trained_gets_gradients_and_merges(family, tied):
     assert (table - head).abs().max() > 0.1
 
 
+# Everything that LoRA can act on, by family.
+COMPRESSOR = [f"compressor.{part}.{layer}" for part in ("query", "key", "value") for layer in (0, 2)]
+READERS = [f"{reader}.{part}" for reader in ("token_reader", "layer_reader") for part in ("query", "key", "value", "output")]
+MAMBA = ["embeddings", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "lm_head"]
+TARGETS = {
+    "remamba": [*MAMBA, *COMPRESSOR],
+    "remamba2": [*(name for name in MAMBA if name not in ("x_proj", "dt_proj")), *COMPRESSOR],
+    "memmamba": [*MAMBA, "note", "write_score", "gate", *READERS],
+}
+
+
+# Rows of 40 and 31 tokens, of which the last eight are responses.
+RAGGED, RAGGED_PROMPTS = random_rows([40, 31]), [32, 23]
+
+
+class DenseKernel:
+    """A convolution's weight [E, 1, W] with a low-rank update, which PEFT makes a sum over all channels, [E, E, W]; as the
+    references use a weight: `(inputs * kernel[:, 0]).sum(-1)`."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __getitem__(self, index):
+        assert index == (slice(None), 0)
+        return self
+
+    def __rmul__(self, inputs):
+        return torch.einsum("eck,...ck->...e", self.weight, inputs)[..., None]
+
+
+def with_updates(weights, halves, scale):
+    """Weights W of a plain model with W + scale * B A in the place of those that have `halves` (A, B)."""
+    updated = dict(weights)
+    for name, (down, up) in halves.items():
+        weight = weights[f"{name}.weight"]
+        if name.endswith("conv1d"):
+            diagonal = torch.eye(len(weight), dtype=weight.dtype)[..., None] * weight
+            updated[f"{name}.weight"] = DenseKernel(diagonal + scale * up * down)
+        else:
+            update = scale * up @ down
+            updated[f"{name}.weight"] = weight + (update.T if name.endswith("embeddings") else update)
+    return updated
+
+
+def reference_loss(family, weights, config):
+    """Mean over the labels of both rows, which have as many."""
+    losses = []
+    for row, prompt in zip(RAGGED, RAGGED_PROMPTS, strict=True):
+        labels = torch.where(torch.arange(len(row)) < prompt, -100, row)
+        if family == "memmamba":
+            losses.append(reference_memmamba.loss(weights, config, row, labels))
+        else:
+            settings = dict(scale_gradient=config.scale_score_gradient)
+            logits, *_ = reference_two_stages.two_stages(weights, config, row, prompt, START, SPAN, RATIO, **settings)
+            losses.append(F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_every_adapter_are_the_references(family, tied):
+    """In float64, against a loop over tokens with plain matrices W + scale * B A, which knows neither PEFT nor this package:
+    whatever LoRA can act on, all at once, beneath the compression; in training with fixed draws, on ragged rows."""
+    base = tiny(family, tie_word_embeddings=tied)
+    channels = base.backbone.layers[0].mixer.conv1d.groups
+    patterns = dict(rank_pattern={"conv1d": channels}, alpha_pattern={"conv1d": 2 * channels})
+    with pytest.warns(UserWarning, match="Merging is not supported"):
+        model = with_recipe(base, target_modules=TARGETS[family], modules_to_save=None, **patterns)
+    samples = [dict(prompt_ids=r[:p], response_ids=r[p:]) for r, p in zip(RAGGED, RAGGED_PROMPTS, strict=True)]
+    batch = PromptResponseCollator(padding=0)(samples)
+    if family == "memmamba":
+        del batch["prompt_lengths"]
+    loss = model.train()(**batch).loss
+    loss.backward()
+
+    adapters = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            embedding = name.endswith("embeddings")
+            pair = (module.lora_embedding_A, module.lora_embedding_B) if embedding else (module.lora_A, module.lora_B)
+            adapters[name] = [half["default"] if embedding else half["default"].weight for half in pair]
+            assert module.scaling["default"] == 2
+    for target in TARGETS[family]:
+        assert any(name == target or name.endswith(f".{target}") for name in adapters), target
+    halves = {name: [half.detach().clone().requires_grad_() for half in pair] for name, pair in adapters.items()}
+    weights = with_updates({"lm_head.weight": base.lm_head.weight, **base.state_dict()}, halves, 2)
+    expected = reference_loss(family, weights, base.config)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    for name, pair in adapters.items():
+        for side, actual, wanted in zip("AB", pair, halves[name], strict=True):
+            assert wanted.grad.abs().max() > 0, (name, side)
+            assert_close(actual.grad, wanted.grad, 1e-8, f"{name}, {side}")
+
+
 def test_a_tied_merge_would_be_another_model(family):
     model = with_recipe(tiny(family, tie_word_embeddings=True))
     with torch.no_grad():
@@ -154,7 +252,9 @@ def test_saved_adapters_load_by_themselves(family, tied, tmp_path):
     with torch.no_grad():
         loaded = peft.PeftModel.from_pretrained(travelling, tmp_path / "adapter").eval()
         assert_close(loaded(**BATCH).logits, expected, 1e-6, "on travelling code")
-        assert_close(merge_lora(loaded)(**BATCH).logits, expected, 1e-5, "merged")
+        merge_lora(loaded).save_pretrained(tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert_close(merged(**BATCH).logits, expected, 1e-5, "merged, saved and loaded")
 
 
 def _travelling_class(folder):
@@ -229,6 +329,9 @@ def test_clear_errors(tmp_path):
         convolved = add_lora(base, remamba_lora_config(base, r=32, target_modules=["conv1d"]))
     with pytest.raises(ValueError, match="conv1d cannot be merged"):
         merge_lora(convolved)
+    for adapted in (convolved, base):
+        with pytest.raises(ValueError, match="has adapters already"):
+            add_lora(adapted)
     (tmp_path / "papers").mkdir()
     with pytest.raises(FileExistsError, match="no adapter"):
         save_adapter(convolved, tmp_path / "papers")
@@ -242,34 +345,60 @@ def pairs(count=8):
     ]
 
 
-def steps_taken(base, folder, rows, accumulation, trainer_class=TwoStageTrainer):
-    """What two steps of SGD with the recipe add to what is trained."""
-    model = with_recipe(base)
-    before = torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad])
+def trained_values(model):
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad])
+
+
+def train(model, folder, resume_from=None):
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=2,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=accumulation,
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=2,
         learning_rate=0.05,
         lr_scheduler_type="constant",
-        max_grad_norm=0,
-        optim="sgd",
         use_cpu=True,
         disable_tqdm=True,
         report_to="none",
-        save_strategy="no",
         remove_unused_columns=False,
     )
-    trainer_class(model=model, args=arguments, train_dataset=pairs(), data_collator=PromptResponseCollator(0)).train()
-    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]) - before
+    trainer = Trainer(model=model, args=arguments, train_dataset=pairs(), data_collator=PromptResponseCollator(0))
+    trainer.train(resume_from_checkpoint=resume_from)
 
 
-@pytest.mark.parametrize("family", FAMILIES)  # MemMamba takes no prompt_lengths
-def test_accumulated_ragged_rows_are_one_large_batch(family, tmp_path):
-    """Rows of 1 to 8 response tokens: a token counts the same in whichever piece of the batch it stands."""
-    base = tiny(family)
-    whole = steps_taken(base, tmp_path, 4, 1)
-    assert whole.abs().max() > 1e-4
-    for rows, accumulation in ((1, 4), (2, 2)):
-        assert_close(steps_taken(base, tmp_path, rows, accumulation), whole, 1e-7, f"{accumulation} pieces")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trainers_checkpoints_hold_no_frozen_weights(family, tied, tmp_path):
+    """With transformers' own Trainer; and a run resumed from one ends, to the bit, where the uninterrupted run does."""
+    base = tiny(family, torch.float32, tie_word_embeddings=tied, train_compression_span=(0.2, 0.8))
+    whole, resumed = with_recipe(base), with_recipe(base)
+    train(whole, tmp_path)
+    checkpoint = tmp_path / "checkpoint-2"
+    saved = load_file(checkpoint / "adapter_model.safetensors")
+    names = {name.replace(".modules_to_save.default", "").replace(".default", "") for name in trained_names(whole)}
+    assert saved.keys() == names
+    train(resumed, tmp_path, resume_from=str(checkpoint))
+    assert torch.equal(trained_values(resumed), trained_values(whole))
+    assert not torch.equal(trained_values(resumed), trained_values(with_recipe(base)))
+
+
+def trained_names(model):
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_what_pefts_rule_saves_of_a_resized_model(tmp_path):
+    """Where no adapter acts on embeddings or head, nothing but their rows would tell that ids were added."""
+    tiny("remamba", torch.float32).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(53)
+    model = add_lora(base, remamba_lora_config(base, r=2, target_modules=["in_proj"]))
+    assert isinstance(model, AdaptedModel)
+    with pytest.warns(UserWarning, match="has been resized"):
+        save_adapter(model, tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {len(weight) for name, weight in saved.items() if "embeddings" in name or "lm_head" in name} == {53}
+    everywhere = add_lora(model.unload(), remamba_lora_config(base, r=2))
+    save_adapter(everywhere, tmp_path / "adapter")
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(smaller, tmp_path / "adapter")

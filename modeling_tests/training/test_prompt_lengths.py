@@ -3,12 +3,14 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from modeling_tests.modeling.tiny_models import assert_close, tiny_model
 from remamba_hf.families import FAMILIES
 from remamba_hf.training import PromptResponseCollator
 from remamba_hf.training.book_tokens import train_book_tokenizer
 from remamba_hf.training.prompt_lengths import WithPromptLengths
+from remamba_hf.training.quantised import quantization_config
 
 SAMPLES = [
     {"prompt_ids": [5, 6, 7], "response_ids": [8, 9]},
@@ -40,44 +42,100 @@ def test_rows_without_prompt_or_response():
             WithPromptLengths(lambda _, batch=batch: batch)([])
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_sft_trainer_trains_the_compressor(family, tmp_path):
-    """With TRL's own data format and tokenization; its loss is the model's, and what the recipe trains moves."""
+@pytest.fixture
+def sft(tmp_path):
+    """Makes TRL's trainer for a model, on pairs of TRL's own format, a text or messages each."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from remamba_hf.training.lora import add_lora, remamba_lora_config
-
     tokenizer = train_book_tokenizer(["hello world"], 300)
-    base = tiny_model(torch.float32, family=family, vocab_size=300)
-    model = add_lora(base, remamba_lora_config(base, r=2, target_modules=["embeddings", "in_proj", "out_proj"]))
+    tokenizer.chat_template = "{% for message in messages %}<{{ message.role[0] }}>{{ message.content }}{% endfor %}"
+
+    def make(model, messages=False, own_collator=True, **settings):
+        prompts = ["hello world " * (3 + row % 4) + str(row) for row in range(8)]
+        pairs = [{"prompt": prompt, "completion": " bye"} for prompt in prompts]
+        if messages:
+            roles = {"prompt": "user", "completion": "assistant"}
+            pairs = [{part: [dict(role=roles[part], content=text)] for part, text in pair.items()} for pair in pairs]
+        arguments = dict(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=8,
+            learning_rate=1e-2,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        collator = WithPromptLengths(DataCollatorForLanguageModeling(tokenizer.pad_token_id)) if own_collator else None
+        return trl.SFTTrainer(
+            model=model,
+            args=trl.SFTConfig(**{**arguments, **settings}),
+            train_dataset=datasets.Dataset.from_list(pairs),
+            eval_dataset=datasets.Dataset.from_list(pairs),
+            processing_class=tokenizer,
+            data_collator=collator,
+        )
+
+    return make
+
+
+def with_lora(base):
+    """The recipe without the head, on which TRL trains no adapter."""
+    lora = pytest.importorskip("remamba_hf.training.lora")
+    recipe = lora.remamba_lora_config(base, r=2, target_modules=["embeddings", "in_proj", "out_proj"])
+    return lora.add_lora(base, recipe)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("messages", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sft_trainer_trains_the_compressor(family, messages, sft):
+    """With TRL's own data format and tokenization; its losses are the model's, and what the recipe trains moves."""
+    model = with_lora(tiny_model(torch.float32, family=family, vocab_size=300))
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    settings = trl.SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    pairs = [{"prompt": "hello world " * (3 + row % 4) + str(row), "completion": " bye"} for row in range(8)]
-    trainer = trl.SFTTrainer(
-        model=model,
-        args=settings,
-        train_dataset=datasets.Dataset.from_list(pairs),
-        processing_class=tokenizer,
-        data_collator=WithPromptLengths(DataCollatorForLanguageModeling(tokenizer.pad_token_id)),
-    )
+    trainer = sft(model, messages)
     trainer.train()
     unmoved = [name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])]
     assert not unmoved
     batch = next(iter(trainer.get_train_dataloader()))
+    whole = next(iter(trainer.get_eval_dataloader()))
     model.eval()
     with torch.no_grad():
         assert_close(trainer.compute_loss(model, dict(batch)), model(**batch).loss, 1e-5, "TRL's loss and the model's")
+        expected = model(**whole).loss.item()
+        assert abs(expected - model(**whole, compress_prompt=False).loss.item()) > 1e-3
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [dict(packing=True, max_length=64), dict(padding_free=True, max_length=None)], ids=str)
+def test_sft_trainer_cannot_pack(settings, sft):
+    """TRL refuses it together with a collator; without one the forward does."""
+    model = with_lora(tiny_model(torch.float32, vocab_size=300))
+    with pytest.raises(ValueError, match="custom data collator is not supported"):
+        sft(model, **settings)
+    with pytest.raises(ValueError, match=r"Packed rows .* are not supported.*Pad the examples"):
+        sft(model, own_collator=False, **settings).train()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sft_trainer_on_a_quantised_base(sft, tmp_path):
+    """TRL makes what is trained bfloat16 there; `train_in_float32` takes it back."""
+    pytest.importorskip("bitsandbytes")
+    lora = pytest.importorskip("remamba_hf.training.lora")
+    tiny_model(torch.float32, vocab_size=300, hidden_size=64).save_pretrained(tmp_path / "base")
+    settings = dict(quantization_config=quantization_config(4, dtype=torch.float32))
+    model = with_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base", **settings))
+    trainer = sft(model, learning_rate=2e-5)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.bfloat16}
+    lora.train_in_float32(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    unmoved = [name for name, p in model.named_parameters() if name in before and torch.equal(p, before[name])]
+    assert not unmoved

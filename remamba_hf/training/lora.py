@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..families import ALL_FAMILIES
+from .quantised import is_quantised
 
 LORA_TARGETS = ("embeddings", "in_proj", "out_proj", "lm_head")
 # What is trained in full, by model type. A Mamba-2 has no dt_proj: its raw step sizes are rows of in_proj, which LoRA
-# reaches; its dt_bias stays as it is, because it is no module, which is all that PEFT trains in full.
+# reaches. Its dt_bias stays as it is: PEFT trains and saves whole modules, low-rank updates of matrices
+# (`target_parameters` refuses vectors) and what is named `bias` (`bias="all"`), and dt_bias is none of these.
 FULLY_TRAINED = {
     "remamba": ("compressor", "adaptation", "dt_proj"),
     "remamba2": ("compressor", "adaptation"),
@@ -85,23 +87,70 @@ def _check_names(model: nn.Module, field: str, names: Any) -> None:
             raise ValueError(f"{field} names {wanted!r}, which is no module of {type(model).__name__}.")
 
 
-def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftModel:
+class AdaptedModel(PeftModelForCausalLM):
+    """A model with adapters, whose checkpoints and pushes to the Hub hold what is trained and nothing frozen.
+
+    PEFT alone adds the frozen embeddings and head as soon as an adapter acts on the head.
+    """
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **settings: Any) -> None:
+        """As PEFT's, but for its default of `save_embedding_layers`."""
+        super().save_pretrained(str(save_directory), **{"save_embedding_layers": _frozen_ends_to_save(self), **settings})
+
+
+def _frozen_ends_to_save(model: PeftModel) -> bool | str:
+    """PEFT's `save_embedding_layers`. Its own rule ("auto") also saves what was resized after loading; an adapter that acts
+    on embeddings or head has their size and does not load onto another, so that nothing is lost silently."""
+    base = model.get_base_model()
+    adapted = (_inmost(module) is not module for module in (base.get_input_embeddings(), base.get_output_embeddings()))
+    return False if any(adapted) else "auto"
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> AdaptedModel:
     """The model with adapters, ready for training in mixed precision.
 
     All that is trained is made float32: PEFT does so for LoRA only, and in bfloat16 a weight of 0.02 does not move by
-    less than 6e-5, which is more than a step of the recipe. Run the forward under autocast where the base is bfloat16.
+    less than 6e-5, which is more than a step of the recipe (see also `train_in_float32`). Run the forward under autocast
+    where the base is bfloat16.
+
+    A quantised base needs nothing besides. PEFT's `prepare_model_for_kbit_training` would make every frozen weight that is
+    not quantised float32, embeddings and head above all. These models compute norms, step sizes, states and the loss in
+    float32 anyway.
 
     Args:
-        model: of a family of this package; its own weights are frozen.
+        model: of a family of this package; its own weights are frozen. Quantised: see `quantization_config`.
         config: default: `remamba_lora_config(model)`.
+
+    Raises:
+        ValueError: the model has adapters already, or what shall be trained in full is quantised.
     """
+    if isinstance(model, PeftModel) or any(hasattr(module, "lora_A") for module in model.modules()):
+        raise ValueError("The model has adapters already. Merge them with merge_lora, or load the base again.")
+    config = config or remamba_lora_config(model)
+    _check_not_quantised(model, config.modules_to_save or ())
+    config.base_model_name_or_path = model.name_or_path or None
     with warnings.catch_warnings():  # of tied embeddings, which `merge_lora` unties
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        adapted = get_peft_model(model, config or remamba_lora_config(model))
-    for parameter in adapted.parameters():
+        adapted = AdaptedModel(model, config)
+    train_in_float32(adapted)
+    return adapted
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Makes all that is trained float32, but for what is float64. To call again, before training, where others round it:
+    TRL's SFTTrainer does, to bfloat16, when it is given a base that bitsandbytes quantised."""
+    for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float64:
             parameter.data = parameter.data.float()
-    return adapted
+
+
+def _check_not_quantised(model: nn.Module, fully_trained: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if is_quantised(parameter) and any(f".{part}." in f".{name}" for part in fully_trained):
+            raise ValueError(
+                f"{name} shall be trained in full, but is quantised. Load the model with quantization_config() of "
+                "remamba_hf.training.quantised, which leaves such weights as they are."
+            )
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
@@ -116,7 +165,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
         raise FileExistsError(f"{target} is no adapter. Give another folder, or remove it.")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, save_embedding_layers=False)
+    model.save_pretrained(str(partial), save_embedding_layers=_frozen_ends_to_save(model))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
 
@@ -151,7 +200,8 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
     base = model.get_base_model()
     if getattr(base, "hf_quantizer", None) is not None:
         raise ValueError(
-            "A quantised base cannot take an adapter in exactly: load it in bfloat16 or float32 and merge there."
+            "A quantised base cannot take an adapter in exactly. Put the adapter on the base in bfloat16 or float32, or on "
+            "the quantised base after its dequantize(), which then computes what was trained, and merge there."
         )
     convolutions = [name for name, module in base.named_modules() if name.endswith("conv1d") and hasattr(module, "lora_A")]
     if convolutions:

@@ -11,7 +11,11 @@ class WithPromptLengths:
     """A collator that adds `prompt_lengths` to the batches of another one.
 
     A forward with labels finds the prompts by itself. TRL's SFTTrainer computes the loss outside of the model and keeps the
-    labels from it: without lengths every row would be read in one pass, and the compressor would learn nothing.
+    labels from it: without lengths every row would be read in one pass, and the compressor would learn nothing. (It trains
+    no LoRA on the head: leave "lm_head" out of `target_modules`.)
+
+    A row holds one prompt and what follows it. TRL's `padding_free` and `packing` are refused, by TRL or by the forward;
+    after `packing_strategy="wrapped"` a batch does not show where another text starts: leave that off.
 
     Args:
         collator: makes `input_ids`, `attention_mask` and `labels`, which are -100 in prompts.
