@@ -5,41 +5,20 @@
 it needs a GPU. The check is a function of the device, for the GPU tests to use.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from modeling_tests.modeling.test_decode_kernels import CAPS, CPU, INTERPRETED, Compare, Numbers, assert_near
+from modeling_tests.modeling.test_decode_kernels import CAPS, CPU, Compare, Numbers, assert_near
+from modeling_tests.modeling.tritons_interpreter import INTERPRETED, run_in_interpreter
 from remamba_hf.modeling import causal_convolution as module
 from remamba_hf.modeling.causal_convolution import causal_conv1d, causal_conv1d_naive
 from remamba_hf.modeling.convolution_kernels import can_convolve, convolve_forward
 
-ROOT = Path(__file__).parents[2]
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="the kernel runs on a GPU or in Triton's interpreter")
 
 
 def test_in_tritons_interpreter():
-    """Its environment variable acts when triton is imported, on every kernel of the process."""
-    if INTERPRETED:
-        pytest.skip("this is the interpreter's process")
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__],
-        cwd=ROOT,
-        env={**environment, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_in_interpreter(__file__)
 
 
 def check_convolve(

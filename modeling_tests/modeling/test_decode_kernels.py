@@ -6,8 +6,6 @@ in which they run their kernels. The checks are functions of the device, for the
 """
 
 import contextlib
-import importlib.util
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ import pytest
 import torch
 
 from modeling_tests.modeling.tiny_models import assert_close, assert_same_cache, random_rows, tiny_model
+from modeling_tests.modeling.tritons_interpreter import INTERPRETED, kernels_only_on_gpus, run_in_interpreter
 from remamba_hf.modeling import decode_kernels
 from remamba_hf.modeling.decode_kernels import (
     ChannelPlan,
@@ -51,33 +50,17 @@ from remamba_hf.modeling.decode_kernels import (
 )
 from remamba_hf.modeling.optional_kernels import without_kernels
 
-ROOT = Path(__file__).parents[2]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
 # The interpreter cuts bfloat16 off instead of rounding to the nearest: every error doubles, and all have one sign.
 CAPS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 3e-2 if INTERPRETED else 1e-2}
 ROWS = [(torch.float32, 1), (torch.float32, 2), (torch.float32, 3), (torch.float32, 5), (torch.float32, 17)]
 ROWS += [(torch.float16, 5), (torch.bfloat16, 1), (torch.bfloat16, 3)]
+SINGLE_ROWS = [(dtype, rows) for dtype, rows in ROWS if rows < 17]  # of kernels whose programs have one row each
 Compare = Callable[[str, torch.Tensor, torch.Tensor, float], None]
 
 
 def test_in_tritons_interpreter():
-    """Its environment variable acts when triton is imported, on every kernel of the process."""
-    if INTERPRETED:
-        pytest.skip("this is the interpreter's process")
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--durations=5", __file__],
-        cwd=ROOT,
-        env={**environment, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_in_interpreter(__file__)
 
 
 @contextlib.contextmanager
@@ -340,10 +323,11 @@ def check_convolution(
 
 
 @pytest.mark.parametrize("projected", [0, 13])
-@pytest.mark.parametrize(("dtype", "rows"), ROWS)
+@pytest.mark.parametrize(("dtype", "rows"), SINGLE_ROWS)
 @pytest.mark.parametrize("width", [2, 3, 4])
 def test_convolution(width, dtype, rows, projected):
-    check_convolution(CPU, dtype, (rows, 83, width), bias=width != 3, active=rows != 2, projected=projected)
+    sizes = (rows, 83 if projected else 131, width)  # neither fits into its blocks
+    check_convolution(CPU, dtype, sizes, bias=width != 3, active=rows != 2, projected=projected)
 
 
 def test_convolution_of_narrow_inputs_with_a_wide_state():
@@ -471,10 +455,10 @@ def check_selective_step(
             step_weight=numbers.normal(channels, rank, scale=rank**-0.5),
         )
     else:
-        given = dict(projected=numbers.view(rows, rank + 2 * size), step=numbers.view(rows, channels))
+        given = dict(projected=numbers.view(rows, rank + 2 * size), step=numbers.view(rows, channels, skipped=4))
     arguments = dict(
         x=numbers.view(rows, channels),
-        z=numbers.view(rows, channels),
+        z=numbers.view(rows, channels, skipped=2),
         **given,
         step_bias=numbers.normal(channels, dtype=bias_dtype, mean=-3.0, scale=2.0),
         A=-torch.exp(numbers.normal(channels, size, dtype=torch.float32)),
@@ -487,12 +471,12 @@ def check_selective_step(
     check(*functions, arguments, out, compare, plan, name, state_cap=CAPS[dtype])
 
 
-@pytest.mark.parametrize(("dtype", "rows"), ROWS)
+@pytest.mark.parametrize(("dtype", "rows"), SINGLE_ROWS)
 @pytest.mark.parametrize(
-    ("size", "rank", "parts"), [(4, 3, 1), (16, 7, 5), (6, 1, 40), (64, 17, 2), (16, 3, 0), (5, 7, 0), (16, 0, 0)]
+    ("size", "rank", "parts"), [(4, 3, 1), (16, 7, 5), (6, 1, 70), (64, 17, 40), (16, 3, 0), (5, 7, 0), (16, 0, 0)]
 )
 def test_selective_step(size, rank, parts, dtype, rows):
-    check_selective_step(CPU, dtype, (rows, 50, size, rank), parts, skip=rank != 7, active=rows != 2)
+    check_selective_step(CPU, dtype, (rows, 35, size, rank), parts, skip=rank != 7, active=rows != 2)
 
 
 def test_selective_step_with_narrow_states_and_biases():
@@ -545,7 +529,7 @@ def check_dual_step(
     check(dual_step, dual_step_naive, arguments, out, compare, plan, f"dual_step {sizes} {dtype}")
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(dtype, rows) for dtype, rows in ROWS if rows < 17])
+@pytest.mark.parametrize(("dtype", "rows"), SINGLE_ROWS)
 @pytest.mark.parametrize(
     ("heads", "channels", "size", "groups"), [(4, 8, 4, 2), (2, 24, 16, 1), (6, 5, 6, 3), (2, 16, 128, 1)]
 )
@@ -575,8 +559,9 @@ def check_model_step(device: torch.device, family: str, rows: int, compare: Comp
     model = tiny_model(torch.float32, family=family, **settings).to(device)
     ids = torch.stack(random_rows([9] * rows)).to(device)
     with torch.no_grad():
-        cache, own = (model(ids[:, :-1], use_cache=True).cache_params for _ in range(2))
-        expected = model(ids[:, -1:], cache_params=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        with kernels_only_on_gpus():
+            cache, own = (model(ids[:, :-1], use_cache=True).cache_params for _ in range(2))
+            expected = model(ids[:, -1:], cache_params=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         hidden_states = model.backbone.embeddings(ids[:, -1])
         with kernels_run(device):
             for block, layer in zip(model.backbone.layers, own.layers, strict=True):

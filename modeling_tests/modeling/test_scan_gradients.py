@@ -5,24 +5,19 @@
 it needs a GPU. The checks are functions of the device, for the GPU tests to use.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from modeling_tests.modeling.test_decode_kernels import CAPS, CPU, INTERPRETED, Compare, assert_near
+from modeling_tests.modeling.test_decode_kernels import CAPS, CPU, Compare, assert_near
 from modeling_tests.modeling.test_scan_kernels import scan_arguments
+from modeling_tests.modeling.tritons_interpreter import INTERPRETED, run_in_interpreter
 from remamba_hf.modeling import scan_gradients as module
 from remamba_hf.modeling.scan_gradients import GradientPlan, gradient_plan, scan_backward, scan_with_gradients
 from remamba_hf.modeling.scan_kernels import ScanPlan
 from remamba_hf.modeling.selective_scan import selective_scan, selective_scan_naive
 
-ROOT = Path(__file__).parents[2]
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU or in Triton's interpreter")
 SMALL = GradientPlan(2, 4, 1)
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "initial_state", "dt_bias", "shift")
@@ -30,22 +25,7 @@ SEQUENCES = ("x", "dt", "z")  # whose gradients are rounded to their dtype, as y
 
 
 def test_in_tritons_interpreter():
-    """Its environment variable acts when triton is imported, on every kernel of the process."""
-    if INTERPRETED:
-        pytest.skip("this is the interpreter's process")
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--durations=5", __file__],
-        cwd=ROOT,
-        env={**environment, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_in_interpreter(__file__)
 
 
 def leaves_of(arguments: dict[str, Any], dtype: torch.dtype | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -93,7 +73,7 @@ def check_gradients(
     """All of them; those of sequences are rounded once, the others are as exact with any inputs."""
     dy, dfinal = probes_of(arguments, final)
     expected = exact_gradients(arguments, dy, dfinal)
-    if plan is not None and starts_plan is None and INTERPRETED:  # which goes through elements one by one
+    if plan is not None and starts_plan is None and INTERPRETED:  # as few elements as the sizes ask for
         starts_plan = ScanPlan(plan.tokens, 4, 1)
     before = {name: arguments[name].clone() for name in NAMES[:-1] if arguments[name] is not None}
     found = scan_backward(dy, dfinal, **arguments, plan=plan, starts_plan=starts_plan)._asdict()
@@ -187,17 +167,19 @@ def test_any_strides_and_what_stands_around():
     arguments = scan_arguments(CPU, torch.float32, (2, 5, 3, 2), lengths=(5, 3))
     starts_plan = ScanPlan(2, 4, 1)
 
-    def framed(tensor: torch.Tensor) -> torch.Tensor:
-        wide = torch.nn.functional.pad(tensor, (3, 2) + (1, 2) * (tensor.dim() - 1), value=torch.nan)
-        return wide[(slice(1, -2),) * (tensor.dim() - 1)][..., 3:-2]
+    def framed(tensor: torch.Tensor, before: int) -> torch.Tensor:
+        wide = torch.nn.functional.pad(tensor, (before, 2) + (1, 2) * (tensor.dim() - 1), value=torch.nan)
+        return wide[(slice(1, -2),) * (tensor.dim() - 1)][..., before:-2]
 
-    for reshape in (framed, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), lambda t: t[:1].expand_as(t)):
-        check_gradients({**arguments, **{key: reshape(arguments[key]) for key in ("x", "dt", "B", "C", "z")}}, SMALL)
+    before = dict(x=3, dt=4, B=6, C=7, z=9)  # which makes all strides different
+    check_gradients({**arguments, **{key: framed(arguments[key], columns) for key, columns in before.items()}}, SMALL)
+    for reshape in (lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), lambda t: t[:1].expand_as(t)):
+        check_gradients({**arguments, **{key: reshape(arguments[key]) for key in before}}, SMALL)
     dy, dfinal = probes_of(arguments, True)
     expected = scan_backward(dy, dfinal, **arguments, plan=SMALL, starts_plan=starts_plan)
     pads = (torch.arange(5) >= arguments["lengths"][:, None]).unsqueeze(-1)
     poisoned = {key: arguments[key].masked_fill(pads, torch.nan) for key in ("x", "dt", "B", "C", "z")}
-    dy = framed(dy.masked_fill(pads, torch.nan))
+    dy = framed(dy.masked_fill(pads, torch.nan), 5)
     found = scan_backward(dy, dfinal, **{**arguments, **poisoned}, plan=SMALL, starts_plan=starts_plan)
     for name, gradient, wanted in zip(found._fields, found, expected, strict=True):
         assert gradient is wanted is None if name == "shift" else torch.equal(gradient, wanted), name

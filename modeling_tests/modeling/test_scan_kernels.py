@@ -5,42 +5,25 @@
 it needs a GPU. The checks are functions of the device, for the GPU tests to use.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from modeling_tests.modeling.test_decode_kernels import CAPS, CPU, INTERPRETED, Compare, Numbers, assert_near
+from modeling_tests.modeling.test_decode_kernels import CAPS, CPU, Compare, Numbers, assert_near
+from modeling_tests.modeling.tiny_models import assert_same_cache, padded, random_rows, tiny_memmamba, tiny_model
+from modeling_tests.modeling.tritons_interpreter import INTERPRETED, run_in_interpreter
+from remamba_hf.modeling import convolution_kernels, decode_kernels
 from remamba_hf.modeling import scan_kernels as module
+from remamba_hf.modeling.optional_kernels import without_kernels
 from remamba_hf.modeling.scan_kernels import ScanPlan, can_scan, scan_forward, scan_plan
 from remamba_hf.modeling.selective_scan import selective_scan_naive
 
-ROOT = Path(__file__).parents[2]
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="the kernel runs on a GPU or in Triton's interpreter")
 
 
 def test_in_tritons_interpreter():
-    """Its environment variable acts when triton is imported, on every kernel of the process."""
-    if INTERPRETED:
-        pytest.skip("this is the interpreter's process")
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--durations=5", __file__],
-        cwd=ROOT,
-        env={**environment, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_in_interpreter(__file__)
 
 
 def shift_of(numbers: Numbers, tokens: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,14 +192,16 @@ def test_any_strides_and_what_stands_around(parts):
     arguments = scan_arguments(CPU, torch.float32, (2, 18, 5, 4), lengths=(18, 10))
     plan = ScanPlan(4, 8, 1, parts)
 
-    def framed(tensor: torch.Tensor) -> torch.Tensor:
-        wide = torch.nn.functional.pad(tensor, (3, 2) + (1, 2) * (tensor.dim() - 1), value=torch.nan)
-        inside = wide[(slice(1, -2),) * (tensor.dim() - 1)][..., 3:-2]
+    def framed(tensor: torch.Tensor, before: int) -> torch.Tensor:
+        wide = torch.nn.functional.pad(tensor, (before, 2) + (1, 2) * (tensor.dim() - 1), value=torch.nan)
+        inside = wide[(slice(1, -2),) * (tensor.dim() - 1)][..., before:-2]
         assert torch.equal(inside, tensor)
         return inside
 
-    for reshape in (framed, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), lambda t: t[:1].expand_as(t)):
-        again = {**arguments, **{key: reshape(arguments[key]) for key in ("x", "dt", "B", "C", "z")}}
+    before = dict(x=3, dt=4, B=6, C=7, z=9)  # which makes all strides different
+    check_scan({**arguments, **{key: framed(arguments[key], columns) for key, columns in before.items()}}, plan)
+    for reshape in (lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), lambda t: t[:1].expand_as(t)):
+        again = {**arguments, **{key: reshape(arguments[key]) for key in before}}
         check_scan(again, plan)
     pads = torch.arange(18) >= arguments["lengths"][:, None]
     for key in ("x", "dt", "B", "C", "z"):  # what stands at pads is not read
@@ -273,6 +258,55 @@ def test_fast_decay_gives_no_nan():
     for scale in (1e4, 1e30):
         for parts in (1, 3):
             check_scan({**arguments, "A": arguments["A"] * scale}, ScanPlan(4, 8, 1, parts))
+
+
+@interpreted
+@pytest.mark.parametrize("family", ["remamba", "remamba2", "memmamba"])
+def test_models_read_prompts_with_kernels(family, monkeypatch):
+    """Rows of several lengths, in two pieces: logits of all tokens and the cache are those of the torch paths."""
+    model = tiny_memmamba(torch.float32) if family == "memmamba" else tiny_model(torch.float32, family=family)
+    ids, mask, _ = padded(random_rows((7, 4)))
+    launched = []
+    for kernels in (module, convolution_kernels, decode_kernels):
+        launch = kernels._launch
+        monkeypatch.setattr(kernels, "_launch", lambda *given, launch=launch, **own: launched.append(launch(*given, **own)))
+
+    def read() -> tuple[torch.Tensor, Any]:
+        first = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True)
+        second = model(ids[:, 6:], attention_mask=mask, use_cache=True, cache_params=first.cache_params)
+        return torch.cat([first.logits, second.logits], dim=1)[mask.bool()], second.cache_params
+
+    with torch.no_grad():
+        logits, cache = read()
+        assert len(launched) >= 2 * 2 * len(model.backbone.layers)
+        with without_kernels():
+            expected, expected_cache = read()
+    assert_near("logits", logits, expected, 1e-5)
+    assert_same_cache(cache, expected_cache, 1e-5)
+
+
+@interpreted
+def test_spans_are_joined_in_any_order():
+    """As Triton joins them on a GPU; its interpreter only goes from the first to the last."""
+    spans = [tuple(span) for span in torch.rand(3, 2, dtype=torch.float64)]
+    join = module._joined.fn
+    expected = join(*join(*spans[0], *spans[1]), *spans[2])
+    for found, wanted in zip(join(*spans[0], *join(*spans[1], *spans[2])), expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-12)
+
+
+@interpreted
+def test_scans_by_slices_are_those_by_elements(monkeypatch):
+    """Of the interpreter, see `hasten`: bit for bit."""
+    from triton.runtime.interpreter import ScanOps
+
+    if not hasattr(ScanOps, "scan_by_elements"):
+        pytest.skip("the interpreter of this Triton is as it was")
+    arguments = scan_arguments(CPU, torch.float32, (1, 6, 3, 2))
+    results = scan_forward(**arguments, plan=ScanPlan(4, 4, 1))
+    monkeypatch.setattr(ScanOps, "generic_scan", ScanOps.scan_by_elements)
+    for result, expected in zip(results, scan_forward(**arguments, plan=ScanPlan(4, 4, 1)), strict=True):
+        assert torch.equal(result, expected)
 
 
 def test_what_the_kernel_does_not_take():

@@ -5,11 +5,6 @@ On a CPU the functions run their references; `test_in_tritons_interpreter` runs 
 in which they run their kernels. The checks are functions of the device, for the GPU tests to use.
 """
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from modeling_tests.modeling.test_decode_kernels import CPU, INTERPRETED, Compare, Numbers, assert_near
+from modeling_tests.modeling.test_decode_kernels import CPU, Compare, Numbers, assert_near
 from modeling_tests.modeling.tiny_models import VOCABULARY, tiny_memmamba, tiny_model
+from modeling_tests.modeling.tritons_interpreter import INTERPRETED, run_in_interpreter
 from remamba_hf.modeling import token_loss as module
 from remamba_hf.modeling.optional_kernels import without_kernels
 from remamba_hf.modeling.token_loss import loss_kernels_run, token_loss, token_loss_naive
 
-ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.float16]  # Triton's interpreter cuts bfloat16 off instead of rounding it
 # Of gradients, which are rounded to the logits' dtype; the loss is in float32.
 CAPS = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 3e-3}
@@ -32,22 +27,7 @@ SIZES = [(1, 1), (1, 2), (5, 7), (3, 16), (9, 50), (2, 1000), (3, 8192), (4, 819
 
 
 def test_in_tritons_interpreter():
-    """Its environment variable acts when triton is imported, on every kernel of the process."""
-    if INTERPRETED:
-        pytest.skip("this is the interpreter's process")
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--durations=5", __file__],
-        cwd=ROOT,
-        env={**environment, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+    run_in_interpreter(__file__)
 
 
 @pytest.fixture
