@@ -12,16 +12,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from remamba_hf.training.recall_data import RecallLevel, RecallSampler, RecallText, draw_compression
+from remamba_hf.training.recall_data import RecallDataset, RecallLevel, RecallSampler, RecallText, draw_compression
 from remamba_hf.training.two_stage_trainer import PromptResponseCollator
 
 from .line_data import LineSampler
-from .recipe import Recipe
+from .recipe import Recipe, Training
 
 
 class BookBatches(Dataset):
-    """Pieces of books for pretraining: item `step` has `input_ids` `int64[B, L]`, of which every token but the first is a
-    label.
+    """Pieces of books for pretraining: item `step` has `input_ids` and `labels`, the same `int64[B, L]`.
 
     Args:
         tokens: of the books.
@@ -41,25 +40,26 @@ class BookBatches(Dataset):
         starts = generator.integers(0, len(self.tokens) - length + 1, size=max(training.tokens_per_batch // length, 1))
         rows = np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
         ids = torch.from_numpy(rows)
-        return {"input_ids": ids, "labels": ids, "digest": digest_of(ids)}
+        return {"input_ids": ids, "labels": ids}
 
 
 class MixedSampler:
-    """Planted facts or lines, decided by the first number of a text's index, which is that of its batch.
+    """Planted facts or lines, decided by the first number of a text's index, which is that of its batch; facts in
+    prompts that are too short for lines. Its `text` is that of both, so that `RecallDataset` takes it.
 
     Args:
-        share: of the texts that are lines.
+        share: of the batches that are lines.
     """
 
     def __init__(self, recall: RecallSampler, lines: LineSampler, share: float) -> None:
         self.recall, self.lines, self.share = recall, lines, share
         self.seed, self.padding = recall.seed, recall.padding
 
-    def text(self, index: Sequence[int], prompt_length: int, *rest: Any) -> RecallText:
+    def text(self, index: Sequence[int], prompt_length: int, keys: int = 1, *rest: Any) -> RecallText:
         is_lines = np.random.default_rng([self.seed, index[0], 3]).random() < self.share
-        # A record of lines has a heading, and at least two lines: shorter prompts are planted facts.
-        sampler = self.lines if is_lines and prompt_length >= 96 else self.recall
-        return sampler.text(index, prompt_length, *rest)
+        fits = prompt_length >= self.lines.shortest(keys)
+        sampler = self.lines if is_lines and fits else self.recall
+        return sampler.text(index, prompt_length, keys, *rest)
 
 
 @dataclass(frozen=True)
@@ -81,107 +81,86 @@ class Instructions:
             return None
         return cls(np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "bounds.npy"))
 
-    def pair(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def pair(self, number: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """A prompt of exactly `length` tokens, and its response. Of a longer prompt the tokens behind the first sixth are
+        left out, as LongOrca's lose those behind the first 1,000 of 6,000 (arXiv 2408.15496, section 4.1)."""
         begin, middle, end = self.bounds[number].tolist()
-        return np.asarray(self.tokens[begin:middle], np.int64), np.asarray(self.tokens[middle:end], np.int64)
+        head = length // 6
+        prompt = np.concatenate([self.tokens[begin : begin + head], self.tokens[middle - (length - head) : middle]])
+        return prompt.astype(np.int64), self.tokens[middle:end].astype(np.int64)
 
     def fitting(self, length: int) -> np.ndarray:
-        """Numbers of the pairs for rows of `length` tokens: those of more than half of that, of which too long prompts are
-        cut (`cut`), failing these the longest there are; none whose response takes more than half.
+        """Numbers of the pairs whose prompts have `length` tokens or more, and whose responses at most half as many.
 
         Raises:
             ValueError: there is none.
         """
-        totals = self.bounds[:, 2] - self.bounds[:, 0]
-        usable = np.flatnonzero(2 * (self.bounds[:, 2] - self.bounds[:, 1]) <= length)
-        if not len(usable):
-            raise ValueError(f"no instruction has a response of at most {length // 2} tokens: give others")
-        long = usable[totals[usable] > length // 2]
-        return long if len(long) else usable[np.argsort(-totals[usable], kind="stable")][:64]
+        prompts, responses = np.diff(self.bounds).T
+        numbers = np.flatnonzero((prompts >= length) & (2 * responses <= length))
+        if not len(numbers):
+            raise ValueError(f"no instruction has a prompt of {length} tokens and a response of half that: give longer ones")
+        return numbers
 
 
-def cut(prompt: np.ndarray, room: int) -> np.ndarray:
-    """A prompt without the tokens right after its first sixth of `room`, as LongOrca's lose them after the first 1,000 of
-    6,000 (arXiv 2408.15496, section 4.1)."""
-    if len(prompt) <= room:
-        return prompt
-    head = room // 6
-    return np.concatenate([prompt[:head], prompt[len(prompt) - (room - head) :]])
-
-
-class TuningBatches(Dataset):
-    """Fine-tuning: planted facts, lines and instructions, a kind a batch, each row with one question.
-
-    Item `step` has `input_ids` and `labels` `int64[B, L]` (padded on the right), `prompt_lengths` (list), `evidence` and
-    `digits` `int64[B, 2]` (equal where there is none), `compression_span`, `compression_ratio`, `compress_prompt`, `kind`
-    and `digest`.
+class PhasedBatches(Dataset):
+    """Batches of planted facts or of lines as those of `RecallDataset`, and of instructions in the same form, in which no
+    evidence is known (`evidence` and `digits` stand behind every window).
 
     Args:
-        seed: of the texts and of the draws.
+        training: whose steps and phases these are.
+        sampler: of facts and lines.
+        instructions: None: none.
+        share: of the batches that are instructions.
     """
 
     def __init__(
-        self, recipe: Recipe, recall: RecallSampler, lines: LineSampler, instructions: Instructions | None, seed: int
+        self, training: Training, sampler: MixedSampler, instructions: Instructions | None = None, share: float = 0.0
     ) -> None:
-        self.recipe, self.recall, self.lines, self.instructions, self.seed = recipe, recall, lines, instructions, seed
-        self.collate = PromptResponseCollator(recall.padding)
-        kinds = {kind: share for kind, share in recipe.kinds.items() if kind != "instructions" or instructions is not None}
-        self.kinds, shares = list(kinds), np.array(list(kinds.values()))
-        self.shares = shares / shares.sum()
+        self.training, self.instructions, self.share, self.seed = training, instructions, share, sampler.seed
+        self.levels = [level for _, level in training.phases]
+        self.recall = [RecallDataset(sampler, [level], training.tokens_per_batch, training.steps) for level in self.levels]
+        self.collate = PromptResponseCollator(sampler.padding)
+
+    def set_level(self, level: int) -> None:
+        """Without effect: steps open the phases."""
 
     def __len__(self) -> int:
-        return self.recipe.tuning.steps
+        return self.training.steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        generator = np.random.default_rng([self.seed, step, 4])
-        level = self.recipe.level(step)
+        generator, phase = np.random.default_rng([self.seed, step, 4]), self.training.phase(step)
+        if self.instructions is not None and generator.random() < self.share:
+            return self._of_instructions(generator, self.instructions, self.levels[phase])
+        return self.recall[phase][step]
+
+    def digest(self) -> str:
+        """SHA-256 of the first and the last batch."""
+        hashed = hashlib.sha256()
+        for batch in (self[0], self[len(self) - 1]):
+            hashed.update(batch["input_ids"].numpy().tobytes())
+            hashed.update(f"{batch['compression_span']} {batch['compression_ratio']}".encode())
+        return hashed.hexdigest()
+
+    def _of_instructions(
+        self, generator: np.random.Generator, instructions: Instructions, level: RecallLevel
+    ) -> dict[str, Any]:
         length = int(generator.choice(level.prompt_lengths))
-        kind = str(generator.choice(self.kinds, p=self.shares))
-        rows = max(self.recipe.tuning.tokens_per_batch // length, 1)
-        make = self._instructions if kind == "instructions" else self._recall
-        samples, evidence, digits = make(generator, step, kind, length, rows, level)
-        batch = self.collate(samples)
+        rows = max(self.training.tokens_per_batch // length, 1)
+        pairs = [instructions.pair(number, length) for number in generator.choice(instructions.fitting(length), rows)]
+        batch = self.collate(
+            [{"prompt_ids": prompt.tolist(), "response_ids": response.tolist()} for prompt, response in pairs]
+        )
         span, ratio = draw_compression(generator, length, level)
+        nowhere = torch.tensor([[length, length + 1]]).expand(rows, 2)
         return {
             "input_ids": batch["input_ids"],
             "labels": batch["labels"],
-            "prompt_lengths": batch["prompt_lengths"].tolist(),
-            "evidence": torch.tensor(evidence),
-            "digits": torch.tensor(digits),
+            "prompt_length": length,
+            "questions": 1,
+            "evidence": nowhere,
+            "digits": nowhere,
             "compression_span": span,
             "compression_ratio": ratio,
             "compress_prompt": bool(generator.random() < level.two_stage),
-            "kind": kind,
-            "digest": digest_of(batch["input_ids"], batch["labels"], span, ratio, batch["prompt_lengths"]),
+            "level": 0,
         }
-
-    def _recall(
-        self, generator: np.random.Generator, step: int, kind: str, length: int, rows: int, level: RecallLevel
-    ) -> tuple[list[dict[str, np.ndarray]], list[tuple[int, int]], list[tuple[int, int]]]:
-        sampler = self.recall if kind == "recall" else self.lines
-        distractors = generator.integers(0, level.distractors + 1, size=rows)
-        depths = generator.uniform(*level.depth, size=rows)
-        texts = [
-            sampler.text((step, row), length, 1, int(distractors[row]), [float(depths[row])]) for row in range(rows)
-        ]
-        samples = [{"prompt_ids": text.prompt_ids(), "response_ids": text.asked[0].answer_ids} for text in texts]
-        return samples, [text.asked[0].evidence for text in texts], [text.asked[0].digits for text in texts]
-
-    def _instructions(
-        self, generator: np.random.Generator, step: int, kind: str, length: int, rows: int, level: RecallLevel
-    ) -> tuple[list[dict[str, np.ndarray]], list[tuple[int, int]], list[tuple[int, int]]]:
-        assert self.instructions is not None
-        pairs = [self.instructions.pair(int(number)) for number in generator.choice(self.instructions.fitting(length), rows)]
-        samples = [
-            {"prompt_ids": cut(prompt, length - len(response)), "response_ids": response}
-            for prompt, response in pairs
-        ]
-        return samples, [(0, 0)] * rows, [(0, 0)] * rows
-
-
-def digest_of(*parts: Any) -> str:
-    """SHA-256 of tensors and numbers."""
-    hashed = hashlib.sha256()
-    for part in parts:
-        hashed.update(part.numpy().tobytes() if isinstance(part, torch.Tensor) else repr(part).encode())
-    return hashed.hexdigest()

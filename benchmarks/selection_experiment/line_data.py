@@ -29,39 +29,39 @@ QUESTION = ("Now the record is over. Tell me what is the <REGISTER_CONTENT> in l
 # For prompts that have no room for the benchmark's own words.
 BRIEF_HEADING = "A record of lines:"
 BRIEF_QUESTION = ("What is the <REGISTER_CONTENT> in line ", "? ")
-ROOM_FOR_HEADING = 320  # tokens of a prompt from which on it has the benchmark's words
 LARGEST_NUMBER = 50_000
-LENGTHENING_DRAWS = 200
+FILLING_DRAWS = 200
 ADJECTIVES = (
-    "able ancient angry autumn awkward basic big bitter black blue bold brave brief bright broken busy calm careful cheap "
-    "clean clear clever close cloudy cold common cool crooked cruel curious dark dear deep distant double dry dull eager "
-    "early easy empty equal exact fair faint false famous fast few fierce fine firm flat fond foreign formal free fresh "
-    "frozen full gentle giant glad golden good grand grave gray great green half happy hard heavy hidden high hollow holy "
-    "honest hot huge humble hungry idle iron jolly keen kind large late lazy little lively lonely long loud low loyal lucky "
-    "mad main merry mild modern narrow neat new noble noisy odd old open orderly pale patient plain polite poor proud pure "
-    "quick quiet rapid rare raw ready red rich ripe rough round royal rude sad safe scarce secret sharp short shy silent "
-    "silver simple slow small smooth soft solid sore sour square steady steep stiff still strange strong sudden sweet swift "
-    "tall tame tender thick thin tidy tight tiny tired true upper usual vain vast violet warm weak wet white whole wide "
-    "wild wise wooden yellow young"
+    "able ancient angry autumn awkward basic big bitter black blue bold brave brief bright broken busy calm careful "
+    "cheap clean clear clever close cloudy cold common cool crooked cruel curious dark dear deep distant double dry dull "
+    "eager early easy empty equal exact fair faint false famous fast few fierce fine firm flat fond foreign formal free "
+    "fresh frozen full gentle giant glad golden good grand grave gray great green half happy hard heavy hidden high "
+    "hollow holy honest hot huge humble hungry idle iron jolly keen kind large late lazy little lively lonely long loud "
+    "low loyal lucky mad main merry mild modern narrow neat new noble noisy odd old open orderly pale patient plain "
+    "polite poor proud pure quick quiet rapid rare raw ready red rich ripe rough round royal rude sad safe scarce secret "
+    "sharp short shy silent silver simple slow small smooth soft solid sore sour square steady steep stiff still strange "
+    "strong sudden sweet swift tall tame tender thick thin tidy tight tiny tired true upper usual vain vast violet warm "
+    "weak wet white whole wide wild wise wooden yellow young"
 ).split()
 NOUNS = (
-    "account acre actor air animal answer apple arm army arrow ash aunt axe baker ball band bank barn basket bath beach bean "
-    "bear bed bee bell belt bench bird blanket block board boat body bone book boot bottle bowl box boy branch bread brick "
-    "bridge broom brother bucket butter button cabin cake camel camp candle cap captain card cart castle cat chain chair "
-    "chalk cheese cherry chest chicken child church circle city class clock cloth cloud coat coin collar comb cook copper "
-    "corn cottage cotton cow crow crown cup curtain daisy dance daughter desk dinner dish doctor dog donkey door dove dream "
-    "dress drum duck dust eagle ear earth edge egg engine eye face fall farm father feather fence field finger fire fish "
-    "flag floor flower fly food foot forest fork fox friend frog fruit garden gate ghost gift girl glass glove goat gold "
-    "goose grain grape grass ground guide gun hair hall hammer hand harbor hat hawk head heart hill honey hook horn horse "
-    "hour house ice ink island jar jewel judge juice jury kettle key king kitchen kite knee knife knot lace lad ladder lake "
-    "lamp leaf leg lemon letter line lion lip lock log maid map market marsh mast meadow meal meat milk mill mirror monkey "
-    "moon morning mother mouse mouth music nail neck needle nest net night north nose note nut oak oar ocean office oil "
-    "orange oven owl ox page paint palace paper park path peach pear pen pencil pepper picture pie pig pilot pin pipe plate "
-    "pocket poet pond potato pot powder prince queen quill rabbit rain rat ring river road robin rock roof room root rope "
-    "rose sail salt sand school sea seed sheep shell ship shirt shoe shop sister skin sky snake snow soap sock song soup "
-    "spade spider spoon spring star station stone storm street sugar summer sun swan table tail tea tent thread throat "
-    "thumb tiger time tin toad tooth tower town toy train tree truck trunk turkey uncle valley vase village vine voice wagon "
-    "wall watch water wave wheel whip window wine wing winter wolf wood wool worm yard year zebra"
+    "account acre actor air animal answer apple arm army arrow ash aunt axe baker ball band bank barn basket bath beach "
+    "bean bear bed bee bell belt bench bird blanket block board boat body bone book boot bottle bowl box boy branch "
+    "bread brick bridge broom brother bucket butter button cabin cake camel camp candle cap captain card cart castle cat "
+    "chain chair chalk cheese cherry chest chicken child church circle city class clock cloth cloud coat coin collar "
+    "comb cook copper corn cottage cotton cow crow crown cup curtain daisy dance daughter desk dinner dish doctor dog "
+    "donkey door dove dream dress drum duck dust eagle ear earth edge egg engine eye face fall farm father feather fence "
+    "field finger fire fish flag floor flower fly food foot forest fork fox friend frog fruit garden gate ghost gift "
+    "girl glass glove goat gold goose grain grape grass ground guide gun hair hall hammer hand harbor hat hawk head "
+    "heart hill honey hook horn horse hour house ice ink island jar jewel judge juice jury kettle key king kitchen kite "
+    "knee knife knot lace lad ladder lake lamp leaf leg lemon letter line lion lip lock log maid map market marsh mast "
+    "meadow meal meat milk mill mirror monkey moon morning mother mouse mouth music nail neck needle nest net night "
+    "north nose note nut oak oar ocean office oil orange oven owl ox page paint palace paper park path peach pear pen "
+    "pencil pepper picture pie pig pilot pin pipe plate pocket poet pond potato pot powder prince queen quill rabbit "
+    "rain rat ring river road robin rock roof room root rope rose sail salt sand school sea seed sheep shell ship shirt "
+    "shoe shop sister skin sky snake snow soap sock song soup spade spider spoon spring star station stone storm street "
+    "sugar summer sun swan table tail tea tent thread throat thumb tiger time tin toad tooth tower town toy train tree "
+    "truck trunk turkey uncle valley vase village vine voice wagon wall watch water wave wheel whip window wine wing "
+    "winter wolf wood wool worm yard year zebra"
 ).split()
 
 
@@ -82,7 +82,9 @@ class LineSampler:
         self.newline = encode("\n")
         self.digit_ids = np.concatenate([encode(str(digit)) for digit in range(10)])
         self.headings = [encode(HEADING), encode(BRIEF_HEADING)]
-        self.questions = [tuple(encode(part) for part in (f"\n{head[:-1]}", tail)) for head, tail in (QUESTION, BRIEF_QUESTION)]
+        self.questions = [
+            tuple(encode(part) for part in (f"\n{head[:-1]}", tail)) for head, tail in (QUESTION, BRIEF_QUESTION)
+        ]
         self.adjectives = [encode(f" {word}") for word in ADJECTIVES]
         self.nouns = [np.concatenate([encode("-"), encode(word)]) for word in NOUNS]
         self.line = (encode("line"), encode(": REGISTER_CONTENT is <"), encode(">\n"))
@@ -112,25 +114,29 @@ class LineSampler:
                 return text
         raise ValueError(f"no {max(keys, 2)} lines fill a prompt of {prompt_length} tokens: give a longer prompt_length")
 
+    def shortest(self, keys: int) -> int:
+        """Tokens of a prompt that has room for so many asked lines and three others."""
+        line = sum(map(len, self.line)) + int(self.name_lengths.mean()) + len(str(LARGEST_NUMBER))
+        return len(self.headings[1]) + sum(map(len, self.questions[1])) + (keys + 3) * line
+
     def _text(
         self, generator: np.random.Generator, prompt_length: int, keys: int, depths: Sequence[float] | None
     ) -> RecallText | None:
         """A text whose prompt has that length; None if what was drawn does not fill it."""
-        brief = int(prompt_length < ROOM_FOR_HEADING)
+        brief = int(2 * (len(self.headings[0]) + len(self.questions[0][1])) > prompt_length)
         heading = np.concatenate([self.headings[brief], self.newline, self.newline])
         head, tail = self.questions[brief]
-        longest = len(head) + len(tail) + self.name_lengths.max()
-        names, numbers = self._fitting(generator, prompt_length - len(heading) - longest)
+        question_room = len(head) + len(tail) + int(self.name_lengths.mean())
+        names, numbers = self._fitting(generator, prompt_length - len(heading) - question_room)
         if len(names) < max(keys, 2):
             return None
         places = self._places(generator, len(names), keys, depths)
         questions = [np.concatenate([head, self._name(names[place]), tail]) for place in places]
         lines = [self._line(name, number) for name, number in zip(names, numbers, strict=True)]
         spare = prompt_length - len(heading) - sum(map(len, lines)) - max(map(len, questions))
-        if spare:
-            if not self._lengthen(generator, names, spare, places):
-                return None
-            lines = [self._line(name, number) for name, number in zip(names, numbers, strict=True)]
+        if not self._fill(generator, names, spare, places):
+            return None
+        lines = [self._line(name, number) for name, number in zip(names, numbers, strict=True)]
         starts = len(heading) + np.cumsum([0, *map(len, lines)])
         asked = tuple(
             self._asked(int(starts[place]), names[place], numbers[place], question, place / len(lines))
@@ -152,40 +158,40 @@ class LineSampler:
         }
 
     def _fitting(self, generator: np.random.Generator, room: int) -> tuple[list[int], list[int]]:
-        """As many names and numbers of lines as have room."""
+        """Names and numbers of lines that have about as many tokens as there is room."""
         fixed = sum(map(len, self.line))
-        most = max(room // (fixed + int(self.name_lengths.min()) + 1), 0)
+        most = max(room // (fixed + int(self.name_lengths.min()) + 1) + 1, 0)
         names = generator.choice(len(self.name_lengths), size=most, replace=False)
         numbers = generator.integers(1, LARGEST_NUMBER, size=most)
-        lengths = fixed + self.name_lengths[names] + np.char.str_len(numbers.astype(str))
-        count = int((np.cumsum(lengths) <= room).sum())
+        lengths = np.cumsum(fixed + self.name_lengths[names] + np.char.str_len(numbers.astype(str)))
+        count = int(np.abs(np.append(0, lengths) - room).argmin())
         return names[:count].tolist(), numbers[:count].tolist()
 
-    def _lengthen(self, generator: np.random.Generator, names: list[int], spare: int, places: Sequence[int]) -> bool:
-        """Exchanges names, but those at `places`, for longer ones, `spare` tokens in all; says whether that was possible."""
+    def _fill(self, generator: np.random.Generator, names: list[int], spare: int, places: Sequence[int]) -> bool:
+        """Exchanges names, but those at `places`, for others that have `spare` tokens more in all; says whether it could."""
         free = [place for place in range(len(names)) if place not in places]
-        for _ in range(LENGTHENING_DRAWS if free else 0):
+        for _ in range(FILLING_DRAWS if free else 0):
+            if not spare:
+                break
             place = free[generator.integers(len(free))]
             candidates = generator.integers(len(self.name_lengths), size=64)
-            gains = self.name_lengths[candidates] - self.name_lengths[names[place]]
-            gains[(gains > spare) | np.isin(candidates, names)] = 0
+            gains = (self.name_lengths[candidates] - self.name_lengths[names[place]]) * np.sign(spare)
+            gains[(gains > abs(spare)) | np.isin(candidates, names)] = 0
             best = int(gains.argmax())
             if gains[best] > 0:
                 names[place] = int(candidates[best])
-                spare -= int(gains[best])
-            if not spare:
-                return True
-        return False
+                spare -= int(gains[best] * np.sign(spare))
+        return not spare
 
-    def _places(
-        self, generator: np.random.Generator, lines: int, keys: int, depths: Sequence[float] | None
-    ) -> list[int]:
+    def _places(self, generator: np.random.Generator, lines: int, keys: int, depths: Sequence[float] | None) -> list[int]:
         """Different lines, near the depths if they are given."""
         drawn = generator.random(keys) if depths is None else np.asarray(depths)
         places: list[int] = []
         for depth in drawn:
             wanted = min(int(depth * lines), lines - 1)
-            places.append(min((place for place in range(lines) if place not in places), key=lambda place: abs(place - wanted)))
+            places.append(
+                min((place for place in range(lines) if place not in places), key=lambda place: abs(place - wanted))
+            )
         return places
 
     def _name(self, name: int) -> np.ndarray:

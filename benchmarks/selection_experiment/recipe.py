@@ -4,6 +4,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from remamba_hf.training.recall_data import RecallLevel
 from remamba_hf.training.recall_losses import LossWeights
 
@@ -13,7 +15,7 @@ class Arm:
     """One way of fine-tuning.
 
     Attributes:
-        selection: which positions are kept (`selection` of the configuration); None: one pass, a plain Mamba.
+        selection: which positions are kept (`selection` of the configuration); None: one pass, as a plain Mamba reads.
         evidence: whether scores are told where the evidence is, beside the answer's loss.
     """
 
@@ -35,13 +37,23 @@ FIVE = ("sft", "remamba", "random", "stride", "multiplicative")
 
 @dataclass(frozen=True)
 class Training:
-    """One training: as many steps of as many tokens; a linear warm-up, then a cosine to a tenth."""
+    """One training: as many steps of as many tokens.
+
+    Attributes:
+        phases: (share of the steps, prompts and draws), in turn; steps open them, not success: a run that was cut off, and
+            one on another machine, read the same. None for pretraining.
+    """
 
     steps: int
     tokens_per_batch: int
     learning_rate: float
     warmup_steps: int
-    save_steps: int
+    phases: tuple[tuple[float, RecallLevel], ...] = ()
+
+    def phase(self, step: int) -> int:
+        """The number of a step's phase."""
+        ends = np.cumsum([share for share, _ in self.phases]) * self.steps
+        return min(int(np.searchsorted(np.round(ends), step, side="right")), len(self.phases) - 1)
 
 
 @dataclass(frozen=True)
@@ -67,9 +79,9 @@ class Recipe:
     Attributes:
         max_tokens: of book text.
         book_lengths: of the rows of pretraining, one after another for equal numbers of steps.
-        trunk_levels: curriculum of the trunk, which learns in plain passes to copy from short prompts.
-        phases: (share of the steps, prompts and draws) of fine-tuning, in turn.
-        kinds: share of the batches of each kind of data; instructions, where there are none, are shared out to the others.
+        trunk: learns in plain passes to copy from short prompts.
+        instruction_share: of the batches of fine-tuning, where there are instructions.
+        line_share: of the other batches that are lines; the rest are planted facts. Likewise in the trunk.
         weights: of the losses; those of the compressor count for arms that compress.
         seeds: of fine-tuning: of data, draws, and their order.
     """
@@ -83,31 +95,21 @@ class Recipe:
     pretraining: Training
     book_lengths: tuple[int, ...]
     trunk: Training
-    trunk_levels: tuple[RecallLevel, ...]
     tuning: Training
-    phases: tuple[tuple[float, RecallLevel], ...]
-    kinds: dict[str, float]
+    instruction_share: float
+    line_share: float
     evaluation: Evaluation
     weights: LossWeights = LossWeights()  # noqa: RUF009 - frozen
-    trunk_threshold: float = 0.9
     logging_steps: int = 10
+    save_steps: int = 1_000  # a multiple of logging_steps
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def written(self) -> dict[str, Any]:
         return asdict(self)
 
-    def level(self, step: int) -> RecallLevel:
-        """Of a step of fine-tuning."""
-        end = 0.0
-        for share, level in self.phases:
-            end += share
-            if step < round(end * self.tuning.steps):
-                return level
-        return self.phases[-1][1]
 
-
-# The paper draws p from .1 to .3: four planted facts of five would lie behind the window, where all arms read alike. rho ends in the
-# paper's range, .05 to .2, and begins where nothing is lost, because reading vectors has to be learned before choosing them.
+# The paper draws p from .1 to .3: four planted facts of five would lie behind the window, where all arms read alike.
+# rho ends in the paper's range, .05 to .2, and begins where nothing is lost: vectors have to be read before being chosen.
 SPAN = (0.1, 0.9)
 FULL = Recipe(
     # 30M parameters, which in bfloat16 are four parts of 15 MiB.
@@ -117,26 +119,37 @@ FULL = Recipe(
     max_tokens=20_000_000,
     digits=5,
     initializer_range=0.03,
-    pretraining=Training(2_200, 65_536, 1.5e-3, 100, 1_000),
+    pretraining=Training(1_200, 65_536, 1.5e-3, 100),
     book_lengths=(1024, 1024, 2048, 2048, 4096, 4096, 8192),
-    trunk=Training(700, 32_768, 1e-3, 50, 1_000),
-    trunk_levels=(
-        RecallLevel((64, 80)),
-        RecallLevel((128,), questions=2),
-        RecallLevel((192, 256), questions=2, distractors=1),
-        RecallLevel((384, 512), questions=3, distractors=3),
-        RecallLevel((512, 1024), questions=4, distractors=6),
-        RecallLevel((1024, 2048), questions=4, distractors=6),
+    trunk=Training(
+        800,
+        32_768,
+        1e-3,
+        50,
+        (
+            (0.2, RecallLevel((64, 80))),
+            (0.15, RecallLevel((128,), questions=2)),
+            (0.15, RecallLevel((192, 256), questions=2, distractors=1)),
+            (0.15, RecallLevel((384, 512), questions=3, distractors=3)),
+            (0.15, RecallLevel((512, 1024), questions=4, distractors=6)),
+            (0.2, RecallLevel((1024, 2048), questions=4, distractors=6)),
+        ),
     ),
-    tuning=Training(420, 32_768, 5e-4, 30, 1_000),
-    phases=(
-        (0.15, RecallLevel((256, 512), distractors=2)),
-        (0.2, RecallLevel((256, 512), distractors=2, two_stage=1.0, span=SPAN, ratio=(0.5, 1.0))),
-        (0.25, RecallLevel((512, 1024), distractors=3, two_stage=1.0, span=SPAN, ratio=(0.15, 0.6))),
-        (0.2, RecallLevel((1024, 2048), distractors=4, two_stage=1.0, span=SPAN, ratio=(0.05, 0.3))),
-        (0.2, RecallLevel((2048, 4096), distractors=4, two_stage=1.0, span=SPAN, ratio=(0.05, 0.2))),
+    tuning=Training(
+        500,
+        32_768,
+        5e-4,
+        30,
+        (
+            (0.1, RecallLevel((256, 512), distractors=2)),
+            (0.25, RecallLevel((256, 512), distractors=2, two_stage=1.0, span=SPAN, ratio=(0.5, 1.0))),
+            (0.25, RecallLevel((512, 1024), distractors=3, two_stage=1.0, span=SPAN, ratio=(0.15, 0.6))),
+            (0.2, RecallLevel((1024, 2048), distractors=4, two_stage=1.0, span=SPAN, ratio=(0.05, 0.3))),
+            (0.2, RecallLevel((2048, 4096), distractors=4, two_stage=1.0, span=SPAN, ratio=(0.05, 0.2))),
+        ),
     ),
-    kinds={"recall": 0.45, "lines": 0.35, "instructions": 0.2},
+    instruction_share=0.2,
+    line_share=0.45,
     evaluation=Evaluation(
         lengths=(2048, 4096, 6144, 9216),
         samples=100,
@@ -157,16 +170,21 @@ TINY = Recipe(
     max_tokens=200_000,
     digits=2,
     initializer_range=0.1,
-    pretraining=Training(20, 1_024, 3e-3, 5, 1_000),
+    pretraining=Training(20, 1_024, 3e-3, 5),
     book_lengths=(128, 256),
-    trunk=Training(20, 768, 3e-3, 5, 1_000),
-    trunk_levels=(RecallLevel((96,)), RecallLevel((128,), questions=2)),
-    tuning=Training(10, 768, 2e-3, 2, 1_000),
-    phases=(
-        (0.4, RecallLevel((128,))),
-        (0.6, RecallLevel((192, 256), distractors=1, two_stage=1.0, span=SPAN, ratio=(0.2, 0.8), min_kept=8)),
+    trunk=Training(20, 768, 3e-3, 5, ((0.5, RecallLevel((96,))), (0.5, RecallLevel((128,), questions=2)))),
+    tuning=Training(
+        10,
+        768,
+        2e-3,
+        2,
+        (
+            (0.4, RecallLevel((128,))),
+            (0.6, RecallLevel((192, 256), distractors=1, two_stage=1.0, span=SPAN, ratio=(0.2, 0.8), min_kept=8)),
+        ),
     ),
-    kinds={"recall": 0.5, "lines": 0.3, "instructions": 0.2},
+    instruction_share=0.2,
+    line_share=0.4,
     evaluation=Evaluation(
         lengths=(256, 512),
         samples=4,
