@@ -4,12 +4,16 @@
     python examples/finetune_lora.py --tiny --output RUN                                     # a CPU, under a minute
     python examples/finetune_lora.py --model state-spaces/mamba-130m-hf --data train.jsonl --output RUN
     python examples/finetune_lora.py --model state-spaces/mamba-2.8b-hf --data long_orca --output RUN
-    accelerate launch --num_processes 8 examples/finetune_lora.py ...                        # the same on eight GPUs
+    accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes 8 examples/finetune_lora.py ...
+
+The last is the same on eight GPUs: steps of --batch rows, the same ones, however many processes. `fsdp2.yaml` and
+`zero3.yaml` beside it share out the weights too, `zero2.yaml` gradients and the optimizer's state.
 
 A plain Mamba or Mamba-2 becomes a ReMamba or ReMamba-2 first, its compressor started as the paper does (`RUN/base`).
 DATA is a file or folder of .jsonl, .jsonl.gz or .parquet, or a Hub id: prompt and response (other names: --columns),
 messages for the tokenizer's chat template, or `long_orca`. RUN receives checkpoints that --resume takes up, `adapter/`,
-`answers.jsonl` (what the model says to held-out prompts), `training.json`, and with --merge the merged `model/`.
+`answers.jsonl` (what the model says to held-out prompts), `training.json` (losses, tokens a second without pads, each GPU's
+peak memory), and with --merge the merged `model/`.
 
     AutoPeftModelForCausalLM.from_pretrained("RUN/adapter")         # the fine-tuned model
     remamba convert state-spaces/mamba-130m-hf OUT --adapter RUN/adapter    # or a checkpoint of it that needs no PEFT
@@ -17,11 +21,11 @@ messages for the tokenizer's chat template, or `long_orca`. RUN receives checkpo
 
 import argparse
 import json
-import os
 import random
 import shutil
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +33,18 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import remamba_hf
 from remamba_hf.checkpoint_files import locate
 from remamba_hf.conversion import convert_checkpoint
 from remamba_hf.families import ALL_FAMILIES, PLAIN_FAMILIES
-from remamba_hf.training import PromptResponseCollator, TwoStageTrainer
+from remamba_hf.training import PromptResponseCollator
 from remamba_hf.training.book_tokens import write_json
 from remamba_hf.training.instruction_data import LengthRule, read_pairs, split_by_content, tokenize_pairs
+from remamba_hf.training.instruction_trainer import InstructionTrainer
 from remamba_hf.training.long_orca import long_orca
 from remamba_hf.training.lora import (
     PAPER_ARGUMENTS,
@@ -47,7 +54,10 @@ from remamba_hf.training.lora import (
     remamba_lora_config,
     save_adapter,
 )
+from remamba_hf.training.sharded_weights import trained_weights
+from remamba_hf.training.throughput import Throughput
 
+STREAM_BUFFER = 1000  # rows of a stream among which the next one is drawn
 TINY_MODEL = Path(__file__).parent.parent / "model_cards" / "remamba-tiny"
 TINY = dict(
     steps=15, batch=4, rows=4, max_tokens=512, rank=32, learning_rate=6e-3, eval_rows=8, max_new_tokens=8, held_out=0.1
@@ -55,70 +65,10 @@ TINY = dict(
 NAMES = ("Ada", "Ben", "Cora", "Dan", "Eve", "Finn", "Greta", "Hugo", "Ida", "Jon")
 
 
-class FineTuner(TwoStageTrainer):
-    """`TwoStageTrainer` whose evaluation also generates: `eval_exact` is the share of held-out rows answered to the letter.
-
-    Args:
-        answers: file for what was said, replaced by each evaluation.
-        eval_rows: so many rows of the evaluation data are answered.
-        max_new_tokens: an answer's.
-    """
-
-    def __init__(self, *args: Any, answers: Path, eval_rows: int, max_new_tokens: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.answers, self.eval_rows, self.max_new_tokens = answers, eval_rows, max_new_tokens
-
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        # Shards of weights are gathered in the forward of the whole model only, not in that of a part.
-        if self.eval_rows and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            exact = {f"{metric_key_prefix}_exact": self.answer()}
-            self.log(exact)
-            metrics |= exact
-        return metrics
-
-    @torch.no_grad()
-    def answer(self) -> float:
-        """Answers held-out prompts greedily, each process its share; the mean of exact answers."""
-        model = self.accelerator.unwrap_model(self.model)
-        was_training, used_cache = model.training, model.config.use_cache
-        model.eval()
-        model.config.use_cache = True  # which Trainer turns off under gradient checkpointing
-        texts = []
-        with self.compute_loss_context_manager():
-            for rows in self._batches():
-                texts += self._answered(model, rows)
-        model.train(was_training)
-        model.config.use_cache = used_cache
-        said = [text for share in self._gathered(texts) for text in share]
-        if self.args.should_save:
-            partial = self.answers.with_suffix(".tmp")
-            partial.write_text("".join(json.dumps(text) + "\n" for text in said))
-            os.replace(partial, self.answers)
-        return sum(text["exact"] for text in said) / len(said)
-
-    def _batches(self) -> Iterator[list[Any]]:
-        count = min(self.eval_rows, len(self.eval_dataset))
-        mine = range(self.args.process_index, count, self.args.world_size)
-        size = self.args.per_device_eval_batch_size
-        for start in range(0, len(mine), size):
-            yield [self.eval_dataset[row] for row in mine[start : start + size]]
-
-    def _answered(self, model: Any, rows: list[Any]) -> list[dict[str, Any]]:
-        tokenizer = self.processing_class
-        prompts = [{"input_ids": row["prompt_ids"]} for row in rows]
-        inputs = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(self.args.device)
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=self.max_new_tokens)
-        said = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right = tokenizer.batch_decode([row["response_ids"] for row in rows], skip_special_tokens=True)
-        return [{"said": a, "right": b, "exact": a.strip() == b.strip()} for a, b in zip(said, right, strict=True)]
-
-    def _gathered(self, texts: list[Any]) -> list[list[Any]]:
-        if self.args.world_size == 1:
-            return [texts]
-        shares: list[list[Any]] = [[] for _ in range(self.args.world_size)]
-        torch.distributed.all_gather_object(shares, texts)
-        return shares
+def processes() -> PartialState:
+    """This process among those of the launch. LongOrca takes one of them longer than the ten minutes for which torch would
+    let the others wait."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
 
 
 def base_checkpoint(arguments: argparse.Namespace) -> tuple[str, str | None]:
@@ -141,36 +91,42 @@ def read_rows(arguments: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any]:
     """Rows for training and rows held out."""
     rule = LengthRule(arguments.max_tokens)
     if str(arguments.data) == "long_orca":
-        rows = long_orca(tokenizer)
+        rows, held_out = split_by_content(long_orca(tokenizer), arguments.held_out)
     else:
         columns = None if arguments.columns is None else (arguments.columns[:-1], arguments.columns[-1])
         how = dict(tokenizer=tokenizer, columns=columns, group=arguments.group, revision=arguments.data_revision)
-        rows = tokenize_pairs(read_pairs(arguments.data, **how), tokenizer, rule, processes=arguments.workers)
-        if arguments.eval_data is not None:
+        rows = tokenize_pairs(
+            read_pairs(arguments.data, streaming=arguments.stream, **how), tokenizer, rule, processes=arguments.workers
+        )
+        if arguments.eval_data is None:
+            rows, held_out = split_by_content(rows, arguments.held_out)
+        else:
             held_out = tokenize_pairs(read_pairs(arguments.eval_data, **how), tokenizer, rule)
-            return tuple(part.select_columns(["prompt_ids", "response_ids"]) for part in (rows, held_out))
-    parts = split_by_content(rows, arguments.held_out)
-    return tuple(part.select_columns(["prompt_ids", "response_ids"]) for part in parts)
+    names = ["prompt_ids", "response_ids"]
+    rows, held_out = rows.select_columns(names), held_out.select_columns(names)
+    if arguments.stream:
+        if next(iter(rows), None) is None:
+            raise SystemExit(f"{arguments.data} has no pairs that fit --max-tokens {arguments.max_tokens}.")
+        # Without an end there is one epoch, of which Trainer knows how to skip what was read before a resumption.
+        rows = rows.shuffle(seed=arguments.seed, buffer_size=STREAM_BUFFER).repeat(None)
+    return rows, held_out
 
 
 def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
     """The paper's, in as many accumulated steps as its batch takes."""
-    state = PartialState()
     cuda = torch.cuda.is_available()
-    at_once = arguments.rows * state.num_processes
+    at_once = arguments.rows * processes().num_processes
     if arguments.batch % at_once:
         raise SystemExit(f"--batch {arguments.batch} is no multiple of {at_once} rows at once (--rows x processes).")
-    settings = {**PAPER_ARGUMENTS, "learning_rate": arguments.learning_rate, "num_train_epochs": arguments.epochs}
     steps = arguments.eval_steps or arguments.save_steps
-    return TrainingArguments(
+    settings = TrainingArguments(
         output_dir=str(arguments.output),
-        **settings,
+        **PAPER_ARGUMENTS | {"learning_rate": arguments.learning_rate, "num_train_epochs": arguments.epochs},
         max_steps=arguments.steps,
         per_device_train_batch_size=arguments.rows,
         per_device_eval_batch_size=arguments.rows,
         gradient_accumulation_steps=arguments.batch // at_once,
         gradient_checkpointing=arguments.gradient_checkpointing,
-        bf16=cuda,
         use_cpu=not cuda,
         optim="adamw_torch_fused" if cuda else "adamw_torch",
         logging_steps=arguments.logging_steps,
@@ -179,12 +135,18 @@ def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
         eval_strategy="steps",
         eval_steps=steps,
         prediction_loss_only=True,
-        dataloader_num_workers=0 if arguments.tiny else 2,
+        include_num_input_tokens_seen="non_padding",
+        dataloader_num_workers=0 if arguments.tiny else 1 if arguments.stream else 2,
+        # Else one process would read a stream for all of them, and join batches of different lengths.
+        accelerator_config={"dispatch_batches": False},
         dataloader_pin_memory=cuda,
         remove_unused_columns=False,
         report_to="none",
         seed=arguments.seed,
     )
+    if settings.n_gpu > 1:  # among which Trainer would split each batch
+        raise SystemExit(f"One process sees {settings.n_gpu} GPUs: use accelerate launch, or set CUDA_VISIBLE_DEVICES=0.")
+    return settings
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -193,7 +155,13 @@ def last_checkpoint(output: Path) -> Path | None:
     return max(whole, key=lambda folder: int(folder.name.split("-")[-1]), default=None)
 
 
-def train(arguments: argparse.Namespace) -> FineTuner:
+def adapted(arguments: argparse.Namespace, base: str, revision: str | None) -> peft.PeftModel:
+    """The model as it is before training; what is trained is float32."""
+    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=getattr(torch, arguments.dtype))
+    return add_lora(model, remamba_lora_config(model, r=arguments.rank, lora_alpha=arguments.rank / 4, revision=revision))
+
+
+def train(arguments: argparse.Namespace) -> InstructionTrainer:
     """Trains, or goes on training, until the end."""
     settings = training_arguments(arguments)
     checkpoint = last_checkpoint(arguments.output)
@@ -202,60 +170,72 @@ def train(arguments: argparse.Namespace) -> FineTuner:
     if arguments.resume and checkpoint is None:
         raise SystemExit(f"{arguments.output} holds no checkpoint to resume from: leave out --resume.")
     # One process converts, reads and tokenizes; the others find what it left on disk.
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         base, revision = base_checkpoint(arguments)
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or base, revision=revision)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         rows, held_out = read_rows(arguments, tokenizer)
     set_seed(arguments.seed)
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype)
-    recipe = remamba_lora_config(model, r=arguments.rank, lora_alpha=arguments.rank / 4, revision=revision)
-    model = add_lora(model, recipe)
-    trainer = FineTuner(
+    model = adapted(arguments, base, revision)
+    trainer = InstructionTrainer(
         model=model,
         args=settings,
         train_dataset=rows,
         eval_dataset=held_out,
-        data_collator=PromptResponseCollator(tokenizer.pad_token_id),
+        # With a seed of its own a row is compressed alike in whatever process or resumed run it is read.
+        data_collator=PromptResponseCollator(tokenizer.pad_token_id, seed=arguments.seed),
         processing_class=tokenizer,
+        callbacks=[Throughput()],
         answers=arguments.output / "answers.jsonl",
         eval_rows=arguments.eval_rows,
         max_new_tokens=arguments.max_new_tokens,
+        group_by_length=arguments.group_by_length,
+        autocast=arguments.dtype == "bfloat16",
     )
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return trainer
 
 
-def save(trainer: FineTuner, arguments: argparse.Namespace) -> None:
-    """Writes the adapter, the record of its training, and the merged model if asked for."""
-    adapter, model = arguments.output / "adapter", trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trainer.save_model(str(adapter))  # which gathers the shards
-    elif trainer.args.should_save:
-        save_adapter(model, adapter)
-    if not trainer.args.should_save:
-        return
-    trainer.processing_class.save_pretrained(adapter)
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    packages = (remamba_hf, torch, transformers, peft)
-    record = {
-        "options": options,
+def record_of(trainer: InstructionTrainer, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was trained with what, and how fast. Every process has to call this."""
+    cuda = torch.cuda.is_available()
+    [throughput] = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Throughput))
+    peaks = gather_object([(throughput.step_peak_bytes, throughput.peak_bytes)])
+    return {
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()},
         "steps": trainer.state.global_step,
-        "rows": len(trainer.train_dataset),
+        "rows": None if arguments.stream else len(trainer.train_dataset),
         "held_out": len(trainer.eval_dataset),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
         "processes": trainer.args.world_size,
-        "versions": {package.__name__: package.__version__ for package in packages},
+        "launch": trainer.accelerator.distributed_type.value,
+        "tokens_per_second": throughput.tokens_per_second,
+        # By process: of training steps, and of all, where evaluations gather weights that are shared out.
+        "step_peak_bytes": [step for step, _ in peaks] if cuda else None,
+        "peak_bytes": [whole for _, whole in peaks] if cuda else None,
+        "versions": {package.__name__: package.__version__ for package in (remamba_hf, torch, transformers, peft)},
         "history": trainer.state.log_history,
     }
+
+
+def save(trainer: InstructionTrainer, arguments: argparse.Namespace) -> None:
+    """Writes the adapter, the record of its training, and the merged model if asked for."""
+    record, weights = record_of(trainer, arguments), trained_weights(trainer.model_wrapped)
+    if not trainer.args.should_save:
+        return
+    # A model of its own, for shards and the wrappers of a launch can be neither saved nor merged.
+    unset_hf_deepspeed_config()  # or it would be loaded as shards of processes that are no longer here
+    model = adapted(arguments, *base_checkpoint(arguments))
+    model.load_state_dict(weights, strict=False)
+    adapter = arguments.output / "adapter"
+    save_adapter(model, adapter)
+    trainer.processing_class.save_pretrained(adapter)
     write_json(arguments.output / "training.json", record)
     if arguments.merge:
         partial = arguments.output / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        model.config.use_cache = True  # Trainer turns it off
         merge_lora(model).save_pretrained(partial)
         trainer.processing_class.save_pretrained(partial)
         shutil.rmtree(arguments.output / "model", ignore_errors=True)
@@ -286,12 +266,18 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held-out", type=float, default=0.01, help="else this share of the data is held out")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything this script writes")
     parser.add_argument("--max-tokens", type=int, default=6000, help="of prompt and response")
+    default = "bfloat16" if torch.cuda.is_available() else "float32"
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default=default, help="of what is not trained (%(default)s)"
+    )
     parser.add_argument("--rank", type=int, default=32, help="of LoRA; alpha is a quarter of it")
     parser.add_argument("--learning-rate", type=float, default=PAPER_ARGUMENTS["learning_rate"])
     parser.add_argument("--epochs", type=float, default=PAPER_ARGUMENTS["num_train_epochs"])
     parser.add_argument("--steps", type=int, default=-1, help="optimizer steps, instead of epochs")
     parser.add_argument("--batch", type=int, default=PAPER_BATCH, help="rows of a step, over all processes")
     parser.add_argument("--rows", type=int, default=1, help="rows that a process reads at once")
+    parser.add_argument("--group-by-length", action="store_true", help="rows of like length in a step: fewer pads")
+    parser.add_argument("--stream", action="store_true", help="read the data as it is needed; takes --steps and --eval-data")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     parser.add_argument("--save-steps", type=int, default=100)
     parser.add_argument("--eval-steps", type=int, help="steps between evaluations (default: as --save-steps)")
@@ -308,6 +294,9 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(given)
     if arguments.model is None or (arguments.data is None and not arguments.tiny):
         parser.error("give --model and --data, or --tiny")
+    streams_whole = arguments.steps < 1 or arguments.eval_data is None or arguments.data == "long_orca"
+    if arguments.stream and (streams_whole or arguments.group_by_length):
+        parser.error("--stream needs --steps, --eval-data and --data other than long_orca; it cannot --group-by-length")
     return arguments
 
 
@@ -316,7 +305,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.data is None:
         arguments.data = arguments.output / "made.jsonl"
-        with PartialState().main_process_first():
+        with processes().main_process_first():
             if not arguments.data.exists():
                 arguments.data.write_text("".join(json.dumps(pair) + "\n" for pair in made_pairs(100)))
     trainer = train(arguments)
