@@ -45,6 +45,8 @@ def _module(module: str, help: str, **fixed: Any) -> Command:
 COMMANDS = {
     "longbench_e": _benchmark("longbench", "LongBench", "LongBench-E: 13 English tasks over long texts"),
     "leval": _benchmark("leval", "LEval", "L-Eval's closed-ended tasks: exams over long documents"),
+    "longeval": _benchmark("longeval", "LongEvalLines", "LongEval's line retrieval: the number of one of many lines"),
+    "pairs": _benchmark("pairs", "Pairs", "held-out prompts with responses of your own: ROUGE-L and exact match"),
     "passkey": _module("memory", "a number planted in books, by length and depth", parts=["passkey"]),
     "documents": _module("memory", "a number in one of many numbered documents", parts=["documents"]),
     "perplexity": _module("memory", "perplexity of books by length of context", parts=["perplexity"]),
