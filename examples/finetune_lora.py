@@ -21,6 +21,7 @@ peak memory), and with --merge the merged `model/`.
 
 import argparse
 import json
+import os
 import random
 import shutil
 import sys
@@ -54,6 +55,7 @@ from remamba_hf.training.lora import (
     remamba_lora_config,
     save_adapter,
 )
+from remamba_hf.training.quantised import quantization_config
 from remamba_hf.training.sharded_weights import trained_weights
 from remamba_hf.training.throughput import Throughput
 
@@ -157,7 +159,9 @@ def last_checkpoint(output: Path) -> Path | None:
 
 def adapted(arguments: argparse.Namespace, base: str, revision: str | None) -> peft.PeftModel:
     """The model as it is before training; what is trained is float32."""
-    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=getattr(torch, arguments.dtype))
+    dtype = getattr(torch, arguments.dtype)
+    codes = None if arguments.bits is None else quantization_config(arguments.bits, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, revision=revision, dtype=dtype, quantization_config=codes)
     return add_lora(model, remamba_lora_config(model, r=arguments.rank, lora_alpha=arguments.rank / 4, revision=revision))
 
 
@@ -270,6 +274,7 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default=default, help="of what is not trained (%(default)s)"
     )
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="QLoRA: quantise in_proj and out_proj (bitsandbytes)")
     parser.add_argument("--rank", type=int, default=32, help="of LoRA; alpha is a quarter of it")
     parser.add_argument("--learning-rate", type=float, default=PAPER_ARGUMENTS["learning_rate"])
     parser.add_argument("--epochs", type=float, default=PAPER_ARGUMENTS["num_train_epochs"])
@@ -297,6 +302,10 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     streams_whole = arguments.steps < 1 or arguments.eval_data is None or arguments.data == "long_orca"
     if arguments.stream and (streams_whole or arguments.group_by_length):
         parser.error("--stream needs --steps, --eval-data and --data other than long_orca; it cannot --group-by-length")
+    if arguments.bits and arguments.merge:
+        parser.error("a base of few bits takes no adapter in: leave out --merge, and merge into the base as it was")
+    if arguments.bits and any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED")):
+        parser.error("FSDP and DeepSpeed cannot share out a base of few bits: use examples/accelerate/ddp.yaml")
     return arguments
 
 

@@ -155,6 +155,24 @@ def test_a_plain_checkpoint_becomes_an_adapter_and_a_merged_model(example, famil
     assert (expected - untrained).abs().max() > 1e-3
 
 
+def test_a_base_of_few_bits(example, tokenizer, data, tmp_path, monkeypatch):
+    """What is quantised stays as it was; the adapter loads onto codes, and onto the base before."""
+    pytest.importorskip("bitsandbytes")
+    base = saved(tiny_model(torch.float32, vocab_size=300, hidden_size=64, **IDS), tokenizer, tmp_path / "base")
+    output, trained = tmp_path / "run", []
+    add_lora = example.add_lora
+    monkeypatch.setattr(example, "add_lora", lambda model, recipe: trained.append(model) or add_lora(model, recipe))
+    run(example, monkeypatch, *options(base, data, output, "--bits", "4", "--dtype", "float32"))
+    assert trained[0].backbone.layers[0].mixer.out_proj.weight.dtype == torch.uint8
+    losses = [entry["loss"] for entry in json.loads((output / "training.json").read_text())["history"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    for codes in (None, example.quantization_config(4, dtype=torch.float32)):
+        model = peft.AutoPeftModelForCausalLM.from_pretrained(output / "adapter", quantization_config=codes).eval()
+        assert model(input_ids=ids).logits.isfinite().all()
+        assert (model.get_base_model().backbone.layers[0].mixer.in_proj.weight.dtype == torch.uint8) == (codes is not None)
+
+
 def test_mistakes_are_told_before_anything_is_trained(example, tokenizer, data, tmp_path, monkeypatch, capsys):
     base = saved(tiny_model(torch.float32, vocab_size=300, **IDS), tokenizer, tmp_path / "base")
     with pytest.raises(SystemExit, match=r"--batch 5 is no multiple of 2 rows"):
@@ -168,6 +186,14 @@ def test_mistakes_are_told_before_anything_is_trained(example, tokenizer, data, 
     with pytest.raises(SystemExit):
         example.parse_arguments(["--output", "x", "--model", "y"])
     assert "give --model and --data, or --tiny" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        example.parse_arguments(options(base, data, tmp_path / "run", "--bits", "4", "--merge"))
+    assert "leave out --merge" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SystemExit):
+        example.parse_arguments(options(base, data, tmp_path / "run", "--bits", "4"))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert "use examples/accelerate/ddp.yaml" in capsys.readouterr().err
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     with pytest.raises(SystemExit, match="is a gpt2: give a Mamba"):
