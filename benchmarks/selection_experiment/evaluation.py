@@ -129,7 +129,7 @@ def _cut(recipe: Recipe, data: Path, number: int) -> Iterator[Job]:
     settings = recipe.evaluation
     reading = settings.compression[number]
     setting = setting_name(*reading)
-    for length in settings.lengths:
+    for length in settings.lengths if (data / "lines").is_dir() else ():
         words = _asked(recipe, data / "lines", tokens_left(length, *reading))
         name = f"lines-cut-{number}-{length}"
         yield Job(name, "longeval", (*words, "--no-compress", "--tasks", f"{length}_tokens"), setting, is_cut=True)

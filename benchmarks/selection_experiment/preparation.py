@@ -4,7 +4,7 @@ trains needs nothing else.
 
     tokenizer/, tokens.npy, data.json     of the books (`prepare_books`)
     held_out/*.txt                        books for the evaluation
-    lines/2048_tokens.jsonl, ...          records of lines, in LongEval's form
+    lines/2048_tokens.jsonl, ...          records of lines, in LongEval's form, if lines are trained
     longeval/*.jsonl                      LongEval's own files, if they are given
     instructions/tokens.npy, bounds.npy   of fine-tuning, if they are given
     questions/questions.jsonl             held-out prompts with responses, if they are given
@@ -70,7 +70,8 @@ def prepare(
         "questions": _write_questions(recipe, questions, data / "questions"),
         "longeval": _copy_longeval(longeval, data / "longeval"),
     }
-    write_lines(recipe, tokenizer, data / "lines")
+    if recipe.line_share:
+        write_lines(recipe, tokenizer, data / "lines")
     write_json(data / PREPARED, record)
     return record
 

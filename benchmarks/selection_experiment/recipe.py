@@ -163,6 +163,53 @@ FULL = Recipe(
         batch_tokens=196_608,
     ),
 )
+# What two cores can do in an hour: facts alone, of two digits, in short prompts.
+SHORT = (0.3, 0.95)
+SMALL = Recipe(
+    hidden_size=64,
+    layers=2,
+    vocab_size=1_024,
+    max_tokens=2_000_000,
+    digits=2,
+    initializer_range=0.1,
+    pretraining=Training(60, 3_072, 3e-3, 20),
+    book_lengths=(128,),
+    trunk=Training(
+        900,
+        3_072,
+        3e-3,
+        50,
+        ((0.4, RecallLevel((72,))), (0.3, RecallLevel((80, 96))), (0.3, RecallLevel((112, 144)))),
+    ),
+    tuning=Training(
+        360,
+        3_072,
+        2e-3,
+        20,
+        (
+            (0.1, RecallLevel((96, 128))),
+            (0.25, RecallLevel((128, 192), two_stage=1.0, span=SHORT, ratio=(0.5, 1.0), min_kept=16)),
+            (0.25, RecallLevel((128, 256), two_stage=1.0, span=SHORT, ratio=(0.2, 0.6), min_kept=16)),
+            (0.4, RecallLevel((256, 384), two_stage=1.0, span=SHORT, ratio=(0.1, 0.4), min_kept=16)),
+        ),
+    ),
+    instruction_share=0.0,
+    line_share=0.0,
+    evaluation=Evaluation(
+        lengths=(256, 512, 1024, 2048, 4096),  # trained on up to 384
+        samples=100,
+        compression=((0.75, 0.1),),
+        distractors=0,
+        question_length=512,
+        question_samples=0,
+        windows=8,
+        counted=64,
+        batch_size=25,
+        batch_tokens=12_800,
+    ),
+    weights=LossWeights(language=0.1),
+    seeds=(0, 1),
+)
 TINY = Recipe(
     hidden_size=32,
     layers=2,
@@ -200,4 +247,4 @@ TINY = Recipe(
     logging_steps=5,
     seeds=(0, 1),
 )
-RECIPES = {"full": FULL, "tiny": TINY}
+RECIPES = {"full": FULL, "small": SMALL, "tiny": TINY}

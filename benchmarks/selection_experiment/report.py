@@ -170,6 +170,7 @@ def draw(recipe: Recipe, found: Sequence[Measurement], path: Path) -> None:
         (task, setting_name(*setting))
         for setting in recipe.evaluation.compression
         for task in ("recall", "recall-early", "lines")
+        if any(key[1] == task for key in cells)
     ] + [("perplexity", WHOLE)]
     figure, axes = new_panels(len(panels))
     for panel, (task, setting) in zip(axes, panels, strict=True):

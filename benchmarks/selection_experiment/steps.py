@@ -4,7 +4,8 @@
     python benchmarks/selection_experiment prepare --run RUN --books BOOKS --held-out-books OTHERS
     python benchmarks/selection_experiment all --run RUN --seconds 540    # again and again, until all is done
     python benchmarks/selection_experiment report --run RUN --output benchmarks/results/selection
-    python benchmarks/selection_experiment all --tiny --run RUN               # every step on a CPU, about a minute
+    python benchmarks/selection_experiment all --small --run RUN    # .2M parameters, facts alone: an hour or two on a CPU
+    python benchmarks/selection_experiment all --tiny --run RUN     # whether every step runs: a minute on a CPU
 
 A base is pretrained on books, then taught to copy in plain passes over short prompts (trunk). From there all arms start:
 Mamba (SFT), ReMamba, and ReMamba that keeps random, evenly spaced or multiplied vectors, each fine-tuned on the same facts,
@@ -37,7 +38,7 @@ from .recipe import ARMS, FIVE, RECIPES, Recipe
 from .training import OutOfTime, train_arm, train_base, train_trunk
 
 STEPS = ("prepare", "pretrain", "trunk", "finetune", "evaluate", "all", "report", "export", "import")
-BOOKS_OF_TINY = Path(__file__).resolve().parents[2] / "examples" / "books"
+OWN_BOOKS = Path(__file__).resolve().parents[2] / "examples" / "books"
 
 
 class Experiment:
@@ -123,13 +124,15 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--run", type=Path, required=True, help="folder of the experiment")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a very small model, for a CPU; prepares itself from examples/books"
-    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--small", action="store_true", help="for a CPU; prepares itself from examples/books")
+    size.add_argument("--tiny", action="store_true", help="likewise, and learns nothing")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop training and evaluating after so long")
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches (a GPU machine: 8)")
     parser.add_argument("--arms", "--arm", nargs="+", choices=[*ARMS, START], default=list(FIVE), help="default: the five")
-    parser.add_argument("--seeds", "--seed", nargs="+", type=int, help="default: the recipe's, 0 to 2")
+    parser.add_argument(
+        "--seeds", "--seed", nargs="+", type=int, help="default: the recipe's, 0 to 2, of small models 0 and 1"
+    )
     parser.add_argument("--steps", help="change the recipe's numbers of steps: pretraining,trunk,tuning")
     data = parser.add_argument_group("prepare")
     data.add_argument("--books", type=Path, help="folder of .txt books to train on")
@@ -154,14 +157,14 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"{options.step} needs --{name}")
     if START in options.arms and options.step != "evaluate":
         parser.error(f"{START} can be evaluated only: it is what the trunk left")
-    if options.step == "prepare" and not (options.books or options.tiny):
+    if options.step == "prepare" and not (options.books or options.small or options.tiny):
         parser.error("prepare needs --books")
     return options
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
     """That of the options."""
-    recipe = RECIPES["tiny" if options.tiny else "full"]
+    recipe = RECIPES["tiny" if options.tiny else "small" if options.small else "full"]
     if options.steps:
         counts = [int(count) for count in options.steps.split(",")]
         if len(counts) != 3 or min(counts) < 1:
@@ -173,11 +176,11 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 def run_step(options: argparse.Namespace, experiment: Experiment) -> None:
     arms, seeds = tuple(options.arms), tuple(options.seeds or experiment.recipe.seeds)
-    if options.step == "prepare" or (options.tiny and options.step == "all"):
+    if options.step == "prepare" or (options.step == "all" and (options.small or options.tiny)):
         record = prepare(
             experiment.recipe,
             experiment.data,
-            options.books or BOOKS_OF_TINY,
+            options.books or OWN_BOOKS,
             options.held_out_books,
             options.exclude,
             options.instructions,
