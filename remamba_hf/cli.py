@@ -189,10 +189,17 @@ def _add_card(parser: argparse.ArgumentParser) -> None:
         "--results", nargs="+", required=True, type=Path, metavar="FILE", help="JSON files that remamba eval wrote"
     )
     parser.add_argument(
+        "--dataset",
+        nargs="+",
+        default=[],
+        metavar="TASK=ID",
+        help="the Hub's dataset that a task's local files are of, such as longbench_e=THUDM/LongBench; without it only what "
+        "was read from the Hub, and not with --limit, has an entry in .eval_results/",
+    )
+    parser.add_argument(
         "--books-dataset",
         metavar="ID",
-        help="the Hub's dataset that the books of passkey, documents, perplexity, recall and fidelity are of, such as "
-        "deepmind/pg19; without it these have no entry in .eval_results/",
+        help="the same for the books of passkey, documents, perplexity, recall and fidelity, such as deepmind/pg19",
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would change, and change nothing")
     parser.set_defaults(run=_card)
@@ -358,11 +365,12 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _card(options: argparse.Namespace) -> int:
-    from .evaluation.card import plan_update
+    from .evaluation.card import named_datasets, plan_update
 
     if not options.debug:
         logging.disable_progress_bar()  # of loading weights
-    update = plan_update(options.folder, options.results, options.books_dataset)
+    datasets = named_datasets(options.dataset, options.books_dataset)
+    update = plan_update(options.folder, options.results, datasets)
     for note in update.notes:
         print(f"note: {note}", file=sys.stderr)
     if options.dry_run:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MambaConfig, MambaForCausalLM
 
-from modeling_tests.modeling.tiny_models import tiny_memmamba
+from modeling_tests.modeling.tiny_models import tiny_memmamba, tiny_model
 from remamba_hf.training.book_tokens import prepare_books
 
 VOCABULARY = 300
@@ -45,6 +45,15 @@ def memmamba_folder(prepared, tmp_path_factory):
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def remamba_folder(prepared, tmp_path_factory):
+    """A ReMamba, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("remamba") / "tiny-remamba"
+    tiny_model(torch.float32, vocab_size=VOCABULARY).save_pretrained(folder)
+    prepared[0].save_pretrained(folder)
     return folder
 
 

@@ -4,6 +4,7 @@
 The results are those of real evaluations of tiny models; where numbers matter they are set by hand.
 """
 
+import copy
 import json
 import re
 import shutil
@@ -15,11 +16,11 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import AutoModelForCausalLM
 
-from modeling_tests.modeling.tiny_models import tiny_model
 from remamba_hf.checkpoint_files import CheckpointError
 from remamba_hf.cli import main
 from remamba_hf.evaluation import fidelity, memory, recall
 from remamba_hf.evaluation.card import BEGIN, END, plan_update
+from remamba_hf.evaluation.leval import TASKS
 from remamba_hf.evaluation.longbench import BUCKETS
 
 CARD = """---
@@ -44,14 +45,6 @@ language: en
 # A model
 
 Text  with two  spaces, ä, and no line end: <b>1</b>"""
-
-
-@pytest.fixture(scope="module")
-def remamba_folder(prepared, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("remamba") / "tiny-remamba"
-    tiny_model(torch.float32, vocab_size=300).save_pretrained(folder)
-    prepared[0].save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +169,24 @@ def test_every_number_of_a_model_is_in_its_card(memmamba, files, tmp_path):
     assert not (memmamba / ".eval_results").exists()
 
 
+def test_fidelity_of_several_lengths(memmamba, files, tmp_path):
+    def add_a_shorter_one(results):
+        results["settings"]["lengths"] = [32, 64]
+        for one in results["models"].values():
+            shorter = {key: copy.deepcopy(one[key]) for key in ("etmf", "eclmf")}
+            shorter["etmf"]["8"]["paper"]["mean"] = 0.125
+            one["shorter"] = {"32": shorter}
+
+    assert card(memmamba, changed(files["fidelity"], tmp_path, add_a_shorter_one)) == 0
+    found = metrics(memmamba)
+    short, long = (found[f"ETMF on books of {length} tokens", "ETMF, paper, distance 8"] for length in (32, 64))
+    assert short.metric_value == 0.125
+    whole = json.loads(files["fidelity"].read_text())["models"]["model"]["etmf"]["8"]["paper"]["mean"]
+    assert long.metric_value == round(whole, 4) != 0.125
+    assert (short.dataset_args["length"], long.dataset_args["length"]) == (32, 64)
+    assert "| ETMF of 32 tokens, by distance |" in (memmamba / "README.md").read_text()
+
+
 def test_a_card_is_made_of_the_configuration_alone(remamba, files):
     assert card(remamba, files["recall"], files["leval"]) == 0
     made = ModelCard.load(remamba / "README.md")
@@ -247,8 +258,15 @@ def test_numbers_survive_a_round_trip_through_the_hub_s_library(remamba, files, 
     assert settings == ["on", "off"]
 
 
+def read_from_the_hub(results):
+    """All of L-Eval, in which every task has what codeU has here."""
+    results.update(date="2026-01-31", data=None)
+    tasks = results["summary"]["tasks"]
+    results["summary"]["tasks"] = {task: tasks["codeU"] for task in TASKS}
+
+
 def test_results_of_the_hub_s_datasets_go_into_its_folder(remamba, files, tmp_path):
-    dated = changed(files["leval"], tmp_path, lambda results: results.update(date="2026-01-31"))
+    dated = changed(files["leval"], tmp_path, read_from_the_hub)
     place = remamba / ".eval_results"
     place.mkdir()
     (place / "theirs.yaml").write_text("- dataset: {id: a/b, task_id: c}\n  value: 1\n")
@@ -256,11 +274,12 @@ def test_results_of_the_hub_s_datasets_go_into_its_folder(remamba, files, tmp_pa
     assert {path.name for path in place.iterdir()} == {"theirs.yaml", "remamba-leval.yaml"}
     entries = parse_eval_result_entries(yaml.safe_load((place / "remamba-leval.yaml").read_text()))
     assert [(one.dataset_id, one.task_id, one.date) for one in entries] == [
-        ("L4NLP/LEval", "codeU", "2026-01-31"),
-        ("L4NLP/LEval", "closed_ended", "2026-01-31"),
+        ("L4NLP/LEval", task, "2026-01-31") for task in (*TASKS, "closed_ended")
     ]
     average = json.loads(dated.read_text())["summary"]["average"]
-    assert [one.value for one in entries] == [average, average]
+    assert [one.value for one in entries] == [average] * 8
+    dataset = next(one for one in metrics(remamba).values() if one.dataset_config == "codeU")
+    assert (dataset.dataset_type, dataset.dataset_split) == ("L4NLP/LEval", "test")
     assert "samples 2" in entries[0].notes
     assert "max_length 60" in entries[0].notes
     assert card(remamba, files["recall"], more=["--books-dataset", "deepmind/pg19"]) == 0
@@ -272,8 +291,53 @@ def test_results_of_the_hub_s_datasets_go_into_its_folder(remamba, files, tmp_pa
     (place / "remamba-leval.yaml").write_text("# mine\n")
     there = contents(remamba)
     with pytest.raises(ValueError, match="not written by this command"):
-        plan_update(remamba, [files["leval"]])
+        plan_update(remamba, [dated])
     assert contents(remamba) == there
+
+
+def test_local_files_are_the_hub_s_if_somebody_says_so(remamba, files, capsys):
+    """Whoever has a file of that name has not measured that dataset."""
+    place = remamba / ".eval_results"
+    assert card(remamba, files["leval"]) == 0
+    assert "leval.json was measured on local files: if these are" in capsys.readouterr().err
+    assert not place.exists()
+    for one in metrics(remamba).values():
+        assert (one.dataset_type, one.dataset_split) == ("leval", None)
+        assert one.dataset_args["data"] == "local files"
+    assert "data local files" in (remamba / "README.md").read_text()
+    assert "L4NLP" not in (remamba / "README.md").read_text()
+    assert card(remamba, files["leval"], more=["--dataset", "leval=mine/exams", "passkey=mine/books"]) == 0
+    assert "note" not in capsys.readouterr().err
+    found = {one.dataset_config: one.dataset_type for one in metrics(remamba).values()}
+    assert found == {"codeU": "mine/exams", "closed_ended": "leval"}, "an average over one task is not the benchmark's"
+    entries = yaml.safe_load((place / "remamba-leval.yaml").read_text())
+    assert [entry["dataset"] for entry in entries] == [{"id": "mine/exams", "task_id": "codeU"}]
+    assert card(remamba, files["recall"], more=["--books-dataset", "a/b", "--dataset", "recall=mine/books"]) == 0
+    assert {one.dataset_type for one in metrics(remamba).values()} == {"mine/books"}
+
+
+@pytest.mark.parametrize("change", [lambda results: results.update(limit=2), lambda results: results.pop("limit")])
+def test_some_samples_are_no_result_of_a_dataset(remamba, files, tmp_path, capsys, change):
+    limited = changed(changed(files["leval"], tmp_path, read_from_the_hub), tmp_path, change)
+    assert card(remamba, limited, more=["--dataset", "leval=mine/exams"]) == 0
+    assert "nothing of it is a result for the Hub" in capsys.readouterr().err
+    assert not (remamba / ".eval_results").exists()
+    found = list(metrics(remamba).values())
+    assert {one.dataset_type for one in found} == {"leval"}
+    assert found[0].dataset_args["limit"] in (2, "unknown")
+
+
+def test_books_that_were_read_from_the_hub_name_their_dataset(remamba, files, tmp_path):
+    source = {"id": "deepmind/pg19", "split": "test", "revision": "0" * 40}
+    read = changed(files["recall"], tmp_path, lambda results: results["description"].update(dataset=source))
+    assert card(remamba, read) == 0
+    entries = yaml.safe_load((remamba / ".eval_results" / "remamba-recall.yaml").read_text())
+    assert {entry["dataset"]["id"] for entry in entries} == {"deepmind/pg19"}
+    for one in metrics(remamba).values():
+        assert (one.dataset_type, one.dataset_split, one.dataset_args["revision"]) == ("deepmind/pg19", "test", "0" * 40)
+    local = {**source, "revision": None}
+    assert card(remamba, changed(read, tmp_path, lambda results: results["description"].update(dataset=local))) == 0
+    assert not (remamba / ".eval_results" / "remamba-recall.yaml").exists()
 
 
 def test_longbench_has_tasks_buckets_and_averages(remamba, files, tmp_path):
@@ -288,7 +352,7 @@ def test_longbench_has_tasks_buckets_and_averages(remamba, files, tmp_path):
         results["data"] = {"qasper_e.jsonl": "", "trec_e.jsonl": ""}
 
     file = changed(files["leval"], tmp_path, become_longbench)
-    assert card(remamba, file) == 0
+    assert card(remamba, file, more=["--dataset", "longbench_e=THUDM/LongBench"]) == 0
     found = {(one.dataset_config, one.metric_name): one.metric_value for one in metrics(remamba).values()}
     on = ", compression on"
     assert found == {
@@ -302,7 +366,10 @@ def test_longbench_has_tasks_buckets_and_averages(remamba, files, tmp_path):
     assert f"| LongBench-E, score by words{on} | 0-4k | 4-8k | average |" in text
     assert "| trec | 30.00 | 33.00 | 31.50 |" in text
     entries = yaml.safe_load((remamba / ".eval_results" / "remamba-longbench_e.yaml").read_text())
-    assert [entry["dataset"]["task_id"] for entry in entries[:2]] == ["qasper_e", "trec_e"]
+    assert [tuple(entry["dataset"].values()) for entry in entries] == [
+        ("THUDM/LongBench", "qasper_e"),
+        ("THUDM/LongBench", "trec_e"),
+    ]
     # The original LongBench, of other lengths, does not go by that name.
     plain = changed(file, tmp_path, lambda results: results.update(data={"qasper.jsonl": "", "trec_e.jsonl": ""}))
     assert card(remamba, plain) == 0
@@ -312,14 +379,15 @@ def test_longbench_has_tasks_buckets_and_averages(remamba, files, tmp_path):
 def test_dry_run_shows_and_writes_nothing(remamba, files, capsys):
     (remamba / "README.md").write_text("A card without front matter.\n")
     there = contents(remamba)
-    assert card(remamba, files["leval"], files["recall"], more=["--dry-run"]) == 0
+    named = ["--dataset", "leval=L4NLP/LEval"]
+    assert card(remamba, files["leval"], files["recall"], more=[*named, "--dry-run"]) == 0
     out, err = capsys.readouterr()
     assert contents(remamba) == there
     for line in ("--- README.md", "+model-index:", "+++ .eval_results/remamba-leval.yaml", f"+{BEGIN}"):
         assert f"{line}\n" in out
     assert "no digest" not in err
     assert "would be changed: .eval_results/remamba-leval.yaml, README.md" in err
-    assert card(remamba, files["leval"], files["recall"]) == 0
+    assert card(remamba, files["leval"], files["recall"], more=named) == 0
     assert "\n---\n\nA card without front matter.\n" in (remamba / "README.md").read_text()
 
 
@@ -535,10 +603,18 @@ def test_other_files_and_folders_are_refused(memmamba, files, tmp_path, capsys):
             plan_update(memmamba, [tmp_path / "other.json"])
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         plan_update(tmp_path, [files["memory"]])
-    with pytest.raises(ValueError, match="owner/name"):
-        plan_update(memmamba, [files["memory"]], "pg19")
+    assert card(memmamba, files["memory"], more=["--books-dataset", "pg19"]) == 1
+    assert "give --books-dataset as owner/name" in capsys.readouterr().err
+    for wrong in ("deepmind/pg19", "passkey=pg19", "chess=a/b"):
+        assert card(memmamba, files["memory"], more=["--dataset", wrong]) == 1
+        assert (
+            f"--dataset {wrong} is not TASK=OWNER/NAME with one of the tasks longbench_e, leval," in capsys.readouterr().err
+        )
     assert card(memmamba, tmp_path / "missing.json") == 1
-    assert "missing.json" in capsys.readouterr().err
+    assert "missing.json cannot be read (No such file or directory): give files" in capsys.readouterr().err
+    (memmamba / ".eval_results").write_text("")
+    assert card(memmamba, files["memory"], more=["--dataset", "passkey=a/b"]) == 1
+    assert "remamba-passkey.yaml cannot be written (" in capsys.readouterr().err
 
 
 def test_files_of_one_table_stand_in_the_order_of_lengths(memmamba, files, tmp_path):

@@ -66,6 +66,21 @@ def speed(label, device="cpu"):
     }
 
 
+def measured(value):
+    forms = {"paper": {"mean": value}, "corrected": {"mean": value / 2}, "held_out_r2": {"mean": value / 4}}
+    return {"etmf": {"0": forms, "8": forms}, "eclmf": {"2": forms, "5": None}}
+
+
+def fidelity(shorter=None):
+    """Files of one length are as they were before there were several."""
+    model = {"model_type": "memmamba", "layers": 3, **measured(0.2)}
+    settings = {"passages": 8, "length": 2048, "distances": [0, 8], "gaps": [2, 5]}
+    if shorter:
+        model |= {"label": "MemMamba of now", "shorter": shorter}
+        settings["lengths"] = [512, 2048]
+    return {"settings": settings, "description": {"books": ["a.txt"]}, "environment": {}, "models": {"model": model}}
+
+
 FILES = {
     "longbench_e": [longbench("A"), longbench("B", {"compression_span": 0.18})],
     "leval": [leval("A"), leval("B")],
@@ -73,6 +88,7 @@ FILES = {
     "documents": [only(memory("MemMamba"), "documents"), only(memory("llama", 4), "documents")],
     "perplexity": [only(memory("MemMamba"), "perplexity"), only(memory("llama"), "perplexity")],
     "recall": [recall()],
+    "fidelity": [fidelity(), fidelity({"512": measured(0.1)})],
     "speed": [speed("A"), speed("B")],
 }
 ROWS = {
@@ -82,6 +98,11 @@ ROWS = {
     "documents": ["| exact match, %, by documents without the fact | 10 |", "| MemMamba | 90 (60-98) |"],
     "perplexity": ["| perplexity, by tokens of context | 1k | 60k |", "| MemMamba | 12.50 | INF |"],
     "recall": ["| ReMamba-2, compression on | 80 (49-94) |  |", "| ReMamba-2, compression off |  | 30 (11-60) |"],
+    "fidelity": [
+        "| ETMF and ECLMF, by tokens of a passage | 512 | 2k |",
+        "| MemMamba, ETMF, corrected, distance 8 |  | 0.100 |",
+        "| MemMamba of now, ECLMF, held-out R^2, gap 2 | 0.025 | 0.050 |",
+    ],
     "speed": ["| prefill, s, by tokens | 1k | 4k |", "| B | 4 | out of memory |", "| A | 2 | out of memory |"],
 }
 
@@ -179,3 +200,11 @@ def test_pictures_need_a_known_format(tmp_path, capsys):
 
 def test_views_are_all_there():
     assert set(FILES) == set(compare.VIEWS)
+
+
+def test_pictures_that_cannot_be_written_are_told_first(tmp_path, capsys):
+    paths = write(tmp_path, FILES["passkey"])
+    assert main(["eval", "compare", *paths, "--output", paths[0] + "/c.png"]) == 1
+    captured = capsys.readouterr()
+    assert "c.png cannot be written" in captured.err
+    assert captured.out == ""

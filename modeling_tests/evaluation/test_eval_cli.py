@@ -112,6 +112,9 @@ def test_limit_and_default_output(llama_folder, data, tmp_path, monkeypatch, cap
     assert leval(llama_folder, data, "--limit", "4", "--max-length", "100") == 0
     results = json.loads((tmp_path / "leval-tiny-llama.json").read_text())
     assert [record["identity"] for record in results["answers"]] == ["quality/1/1", "quality/2/2", "codeU/1/1", "codeU/2/2"]
+    assert results["limit"] == 4
+    assert leval(llama_folder, data, "--limit", "12", "--max-length", "100", "--output", "all") == 0
+    assert json.loads((tmp_path / "all.json").read_text())["limit"] is None
     assert eval_cli._limited([1, 2, 3], 5) == [1, 2, 3]
 
 
@@ -166,6 +169,127 @@ def test_missing_and_wrong_data(llama_folder, data, tmp_path, capsys):
     assert "has no sample of leval" in capsys.readouterr().err
     assert leval(llama_folder, data, tasks=["chess"]) == 1
     assert "chess" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["leval", "passkey"])
+def test_tokens_that_the_model_does_not_have(llama_folder, data, books, prepared, tmp_path, capsys, task):
+    tokenizer = causal_models.load_tokenizer(causal_models.find_checkpoint(str(llama_folder)))[0]
+    tokenizer.add_tokens(["river"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    more = ["--tasks", "codeU", "--max-length", "100"] if task == "leval" else ["--lengths", "128", "--samples", "1"]
+    where = ["--model", str(llama_folder), "--data", str(data if task == "leval" else books), "--device", "cpu"]
+    given = ["--tokenizer", str(tmp_path / "other"), "--output", str(tmp_path / "run.json")]
+    assert main(["eval", task, *where, *more, *given]) == 1
+    assert "tiny-llama has a vocabulary of 300, and the tokenizer of" in capsys.readouterr().err
+
+
+def test_texts_that_no_tokenizer_takes(llama_folder, data, tmp_path, capsys):
+    """They are told by file and line, and not by the error of whoever meets them."""
+    (tmp_path / "codeU.jsonl").write_text((data / "codeU.jsonl").read_text() + json.dumps({"input": "\ud800 x"}) + "\n")
+    assert leval(llama_folder, tmp_path, tasks=["codeU"]) == 1
+    assert r"codeU.jsonl, line 4 has '\ud800', half of a surrogate pair" in capsys.readouterr().err
+    (tmp_path / "codeU.jsonl").write_text('{"input": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    assert leval(llama_folder, tmp_path, tasks=["codeU"]) == 1
+    assert "codeU.jsonl, line 1 is nested too deeply" in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written(llama_folder, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generation_eval, "load_causal_model", lambda *_: pytest.fail("loaded the weights first"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.json").mkdir()
+    reasons = {"file/run": "file is no folder", "folder.json": "(Is a directory", "file/a/b/run": "b is no folder"}
+    for name, reason in reasons.items():
+        assert leval(llama_folder, data, "--output", str(tmp_path / name), "--max-length", "100") == 1
+        err = capsys.readouterr().err
+        assert "cannot be written (" in err
+        assert f"{reason}): name another file" in err
+        assert "Errno" not in err
+
+
+def predictions_in(folder, suffix="_e", **changed):
+    """Two of LongBench-E's tasks, answered by nobody."""
+    folder.mkdir()
+    lines = {
+        "hotpotqa": [
+            {"pred": " The North.", "answers": ["north"], "all_classes": None, "length": 100},
+            {"pred": "south", "answers": ["north"], "all_classes": None, "length": 8000},
+        ],
+        "trec": [
+            {"pred": "Food\nType: City", "answers": ["Food"], "all_classes": ["Food", "City"], "length": 4000},
+        ],
+    }
+    lines["trec"][0].update(changed)
+    for task, several in lines.items():
+        (folder / f"{task}{suffix}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in several))
+    return folder
+
+
+def score(folder, *more, tasks=("trec", "hotpotqa")):
+    return main(["eval", "longbench_e", "--predictions", str(folder), "--tasks", *tasks, *more])
+
+
+@pytest.mark.parametrize("suffix", ["_e", ""])
+def test_predictions_are_scored_without_a_model(tmp_path, capsys, monkeypatch, suffix):
+    monkeypatch.chdir(tmp_path)
+    folder = predictions_in(tmp_path / "pred", suffix)
+    assert score(folder) == 0
+    results = json.loads((tmp_path / "longbench_e-pred.json").read_text())
+    out, err = capsys.readouterr()
+    assert out == (tmp_path / "longbench_e-pred.md").read_text()
+    assert "| pred | 50.00 | 100.00 | 75.00 |" in out
+    assert "3 predictions, scored as they are." in out
+    assert "longbench_e-pred.json" in err
+    assert results["summary"]["tasks"]["hotpotqa"]["buckets"] == {"0-4k": 100, "4-8k": None, "8k+": 0}
+    assert [one["scores"]["score"] for one in results["answers"]] == [100, 0, 100]
+    assert score(folder) == 0  # scored again, into the same file
+    predictions_in(tmp_path / "others", pred="City")
+    assert score(tmp_path / "others", "--output", "longbench_e-pred.json") == 1
+    assert "other settings (predictions.sha256" in capsys.readouterr().err
+    assert json.loads((tmp_path / "longbench_e-pred.json").read_text())["summary"] == results["summary"]
+    card = Path(__file__).parents[2] / "model_cards" / "remamba-tiny"
+    assert main(["card", str(card), "--results", "longbench_e-pred.json", "--dry-run"]) == 1
+    assert "scores of --predictions, which do not tell whose they are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"pred": None}, 'trec_e.jsonl, line 1 has no text "pred"'),
+        ({"answers": "Food"}, 'no list "answers"'),
+        ({"length": None}, 'no number of words "length"'),
+        ({"all_classes": None}, 'no list "all_classes"'),
+        ({"answers": ["River"]}, '"River" is not one of "all_classes"'),
+    ],
+)
+def test_malformed_predictions_are_refused(tmp_path, capsys, changed, message):
+    assert score(predictions_in(tmp_path / "pred", **changed), "--output", str(tmp_path / "run.json")) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_predictions_that_are_not_there_and_options_of_models(tmp_path, capsys):
+    folder = predictions_in(tmp_path / "pred")
+    output = ("--output", str(tmp_path / "run.json"))
+    assert score(tmp_path / "nowhere", *output) == 1
+    assert "no folder" in capsys.readouterr().err
+    assert score(folder, *output, tasks=["trec", "lcc"]) == 1
+    assert "lcc_e.jsonl, nor one without _e: give a folder with a file of predictions" in capsys.readouterr().err
+    assert score(folder, *output, "--data", "d", "--max-length", "9", "--no-compress") == 1
+    assert "leave out --data, --max-length, --compress" in capsys.readouterr().err
+    for task, more in (("longbench_e", ["--model", "m"]), ("longbench_e", []), ("leval", [])):
+        given = [] if not more and task == "longbench_e" else ["--predictions", str(folder)]
+        with pytest.raises(SystemExit):
+            main(["eval", task, *given, *more])
+    (folder / "trec_e.jsonl").write_text("")
+    assert score(folder, *output, tasks=["trec"]) == 1
+    assert "has no prediction of longbench_e" in capsys.readouterr().err
+
+
+def test_predictions_are_scored_by_one_of_several_processes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert score(predictions_in(tmp_path / "pred"), "--output", str(tmp_path / "run.json")) == 0
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "run.json").exists()
 
 
 def test_model_without_tokenizer_or_without_anything(llama_folder, data, tmp_path, capsys):

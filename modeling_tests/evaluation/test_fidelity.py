@@ -168,8 +168,56 @@ def test_command_compares_two_models(books, memmamba_folder, plain_folder, tmp_p
     assert "| ETMF, by distance | 0 | 8 | 16 | 32 |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="less than the length"):
         fidelity.main([*common, "--length", "32"])
-    with pytest.raises(ValueError, match="shorter --length"):
+    with pytest.raises(ValueError, match="shorter --lengths"):
         fidelity.main([*common, "--length", "1000000"])
+
+
+def test_lengths_have_rows_and_a_picture(books, memmamba_folder, plain_folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    common = ["--model", str(memmamba_folder), "--plain-model", str(plain_folder), "--books", str(books), "--device", "cpu"]
+    common += ["--passages", "2", "--gaps", "1", "3", "--distances", "0", "8"]
+    several, one = tmp_path / "several.json", tmp_path / "one.json"
+    fidelity.main([*common, "--output", str(several), "--lengths", "64", "1024", "32", "--plots", str(tmp_path / "plots")])
+    out = capsys.readouterr().out
+    results = json.loads(several.read_text())
+    assert (results["settings"]["length"], results["settings"]["lengths"]) == (1024, [32, 64, 1024])
+    for name in ("model", "plain"):
+        found = fidelity.measures_by_length(results, name)
+        assert list(found) == [32, 64, 1024]
+        for length, measured in found.items():
+            row = f"| {name}, corrected, {fidelity.short_length(length)} | "
+            assert row + " | ".join(f"{measured['etmf'][at]['corrected']['mean']:.3f}" for at in ("0", "8")) + " |" in out
+    assert (tmp_path / "plots" / "fidelity.png").stat().st_size > 10_000
+    for length in (64, 1024):
+        fidelity.main([*common, "--output", str(one), "--length", str(length)])
+        of_one = json.loads(one.read_text())
+        assert "lengths" not in of_one["settings"], "as files of one length have always been"
+        for name in ("model", "plain"):
+            measured = fidelity.measures_by_length(results, name)[length]
+            for key in ("etmf", "chance", "eclmf"):
+                assert measured[key] == of_one["models"][name][key]
+        one.unlink()
+
+
+def test_run_of_several_lengths_goes_on_behind_the_last(books, memmamba_folder, tmp_path, monkeypatch):
+    output = tmp_path / "fidelity.json"
+    arguments = ["--model", str(memmamba_folder), "--books", str(books), "--device", "cpu", "--passages", "2", "--gaps", "1"]
+    arguments += ["--lengths", "40", "64", "--output", str(output)]
+    measure = fidelity.measure
+    lengths = []
+
+    def until_the_second(model, passages, *more):
+        lengths.append(passages.shape[1])
+        if lengths == [40, 64]:
+            raise KeyboardInterrupt
+        return measure(model, passages, *more)
+
+    monkeypatch.setattr(fidelity, "measure", until_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        fidelity.main(arguments)
+    fidelity.main(arguments)
+    assert lengths == [40, 64, 64]
+    assert list(fidelity.measures_by_length(json.loads(output.read_text()), "model")) == [40, 64]
 
 
 def test_attention_model_is_measured_and_the_run_goes_on(books, memmamba_folder, neox_folder, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -284,7 +285,7 @@ def test_another_model_is_refused(llama_folder, tmp_path, prepared):
         model.lm_head.weight[0, 0] += 1
     model.save_pretrained(tmp_path / "llama")
     prepared[0].save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match=r"other settings \(model: "):
+    with pytest.raises(ValueError, match=r"other settings \(model\.sha256: "):
         evaluate(tmp_path / "llama", tmp_path / "run.json")
 
 
@@ -455,6 +456,41 @@ def test_checkpoints_that_cannot_be_asked(llama_folder, tmp_path):
     os.truncate(tmp_path / "model.safetensors", 500)
     with pytest.raises(CheckpointError, match="damaged"):
         causal_models.find_checkpoint(str(tmp_path))
+
+
+def test_reasons_of_others_end_in_one_full_stop(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(CheckpointError, match=r"\w\. If it brings code of its own") as raised:
+        causal_models.find_checkpoint(str(tmp_path))
+    assert ".." not in str(raised.value)
+
+
+def test_tensors_of_other_sizes_are_named(llama_folder, tmp_path):
+    folder = shutil.copytree(llama_folder, tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 50}))
+    checkpoint = causal_models.find_checkpoint(str(folder))
+    with pytest.raises(
+        CheckpointError, match=r"llama has 6 tensors of other sizes .* e\.g\. \S*down_proj\.weight: \["
+    ) as raised:
+        causal_models.load_causal_model(checkpoint, "cpu", "float32")
+    assert "[32, 48] instead of [32, 50]" in str(raised.value)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(llama_folder, tmp_path):
+    tokenizer, _ = causal_models.load_tokenizer(causal_models.find_checkpoint(str(llama_folder)))
+    folder = shutil.copytree(llama_folder, tmp_path / "llama")
+    tokenizer.add_special_tokens({"pad_token": "<pad of its own>"})
+    tokenizer.save_pretrained(folder)
+    checkpoint = causal_models.find_checkpoint(str(folder))
+    causal_models.load_tokenizer(checkpoint)  # what pads is not read
+    tokenizer.add_tokens(["river", "house"])
+    tokenizer.save_pretrained(folder)
+    message = "llama has a vocabulary of 300, and the tokenizer of llama 2 tokens beyond it, e.g. 'river'"
+    with pytest.raises(CheckpointError, match=message):
+        causal_models.load_tokenizer(checkpoint)
+    with pytest.raises(CheckpointError, match=f"{message.replace('of llama 2', f'of {folder} 2')}.*--tokenizer"):
+        causal_models.load_tokenizer(causal_models.find_checkpoint(str(llama_folder)), str(folder))
 
 
 def test_processes_share_out_the_samples(llama_folder, tmp_path):

@@ -296,6 +296,8 @@ def test_malformed_line_in_an_archive(tmp_path):
     [
         ("lcc", "{", "is not JSON"),
         ("lcc", "[]", "is no JSON object"),
+        ("lcc", item(context="\udc00"), r"has '\udc00', half of a surrogate pair, which is no character"),
+        ("lcc", "[" * 200_000 + "]" * 200_000, "is nested too deeply"),
         ("lcc", {"input": "", "context": "", "answers": ["x"]}, 'has no number of words "length"'),
         ("lcc", item(length=True), 'has no number of words "length"'),
         ("lcc", item(length=-1), 'has no number of words "length"'),

@@ -64,7 +64,7 @@ def test_summary_is_the_mean_of_files(data):
     ("content", "message"),
     [
         ("{", r"200_lines.jsonl, line 2 is not JSON"),
-        ("[]", r'line 2 has no text "prompt"'),
+        ("[]", "line 2 is no JSON object"),
         ('{"prompt": ""}', r'line 2 has no text "prompt"'),
         ('{"prompt": "a"}', r'line 2 has no number "expected_number"'),
         ('{"prompt": "a", "expected_number": true}', r'line 2 has no number "expected_number"'),

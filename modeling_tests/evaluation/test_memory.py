@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from modeling_tests.modeling.tiny_models import tiny_memmamba, tiny_model
 from remamba_hf import MemMambaForCausalLM, ReMambaForCausalLM
 from remamba_hf.evaluation import memory, memory_report, memory_tasks
 from remamba_hf.evaluation.checkpoints import load_model, plain_reading
-from remamba_hf.training.book_tokens import train_book_tokenizer
+from remamba_hf.training.book_tokens import encode_text, read_book, train_book_tokenizer
 from remamba_hf.training.recall_data import RecallSampler
 
 
@@ -85,7 +86,8 @@ def test_records_tell_right_from_somebody_else_s_number(sampler, monkeypatch):
         made.append(sampler.text(number, 500, keys=4, distractors=1, depths=[0.1, 0.3, 0.5, 0.9]))
         return made[-1]
 
-    records = memory_tasks.recall_records(None, None, make_text, samples=5, rows=2, chunk_length=10)
+    batches = ((0, 1), (2, 3), (4,))
+    records = [one for numbers in batches for one in memory_tasks.recall_records(None, None, make_text, numbers, 10)]
     assert [record["sample"] for record in records] == sorted([*range(5)] * 4)
     assert [record["right"] for record in records] == [True, False, False, False] * 5
     assert [record["other"] for record in records] == [False, True, True, False] * 5
@@ -113,14 +115,14 @@ def test_losses_are_of_the_last_tokens_at_the_same_places(prepared):
     books = [np.asarray(tokens[:300]), np.asarray(tokens[300:700])]
     ends = [memory_tasks.window_ends(len(book), 120, windows=3) for book in books]
     assert ends == [[150, 210, 270], [166, 260, 353]]
-    for length, rows, chunk in ((120, 4, 50), (40, 1, 1000)):
-        losses = memory_tasks.window_losses(model, books, ends, length, 7, rows, chunk)
-        for book, book_ends, book_losses in zip(books, ends, losses, strict=True):
-            for end, loss in zip(book_ends, book_losses, strict=True):
-                ids = torch.from_numpy(book[end - length : end].astype(np.int64))[None]
-                logs = model(ids).logits[0].log_softmax(-1)
-                wanted = -sum(logs[place - 1, ids[0, place]].item() for place in range(length - 7, length)) / 7
-                assert loss == pytest.approx(wanted, rel=1e-5)
+    windows = [(book, end) for book, book_ends in zip(books, ends, strict=True) for end in book_ends]
+    for length, chunk in ((120, 50), (40, 1000)):
+        losses = memory_tasks.window_losses(model, windows, length, 7, chunk)
+        for (book, end), loss in zip(windows, losses, strict=True):
+            ids = torch.from_numpy(book[end - length : end].astype(np.int64))[None]
+            logs = model(ids).logits[0].log_softmax(-1)
+            wanted = -sum(logs[place - 1, ids[0, place]].item() for place in range(length - 7, length)) / 7
+            assert loss == pytest.approx(wanted, rel=1e-5)
 
 
 def test_perplexity_is_of_the_mean_loss_and_compared_by_book():
@@ -160,7 +162,7 @@ def test_strided_windows_score_every_token_once_whatever_their_length(prepared, 
     ends = memory_tasks.strided_ends(len(book), longest, stride, windows=0)
     assert ends == [48, 57, 66, 75, 84]
     assert memory_tasks.strided_ends(len(book), longest, stride, windows=2) == ends[:2]
-    (losses,) = memory_tasks.window_losses(model, [book], [ends], length, stride, rows=2, chunk_length=7)
+    losses = memory_tasks.window_losses(model, [(book, end) for end in ends], length, stride, chunk_length=7)
     wanted, scored = [], []
     for end in ends:
         logs = model(torch.from_numpy(book[end - length : end])[None]).logits[0].log_softmax(-1)
@@ -188,9 +190,7 @@ def test_command_with_a_stride(books, memmamba_folder, tmp_path, capsys):
         "counted": 50,
         "windows": 0,
     }
-    (book, *_) = [
-        len(memory.encode_text(memory.read_book(path), memory_tokenizer(memmamba_folder))) for path in books.iterdir()
-    ]
+    (book, *_) = [len(encode_text(read_book(path), memory_tokenizer(memmamba_folder))) for path in books.iterdir()]
     windows = 2 * (1 + (book - 128) // 50)
     assert [cell["windows"] for cell in results["perplexity"]] == [windows, windows]
     assert "perplexity of all tokens, stride 50, by tokens of context | 64 | 128 |" in capsys.readouterr().out
@@ -355,13 +355,13 @@ def test_run_goes_on_where_it_stopped(books, memmamba_folder, plain_folder, tmp_
     missing = whole["passkey"].pop(1)
     output.write_text(json.dumps(whole))
     measured = []
-    cell = memory.MemoryEvaluation.cell
+    work = memory.MemoryEvaluation.work
 
     def watched(self, part, model, column):
         measured.append((part, column))
-        return cell(self, part, model, column)
+        return work(self, part, model, column)
 
-    monkeypatch.setattr(memory.MemoryEvaluation, "cell", watched)
+    monkeypatch.setattr(memory.MemoryEvaluation, "work", watched)
     memory.main(arguments(books, memmamba_folder, output, *both))
     assert measured == [("passkey", missing["length"])]
     assert json.loads(output.read_text())["passkey"][-1] == missing
@@ -402,6 +402,7 @@ def test_batches_and_chunks_change_nothing(books, memmamba_folder, tmp_path):
         (("--parts", "passkey", "--lengths", "40", "384"), "longer prompt_length"),
         (("--parts", "passkey", "--distractors", "500"), "more than there are names"),
         (("--parts", "passkey", "--samples", "0"), "at least 1"),
+        (("--parts", "passkey", "--digits", "0"), "at least 1"),
         (("--parts", "documents", "--distractors", "3"), "documents without the fact"),
         (("--parts", "perplexity", "--perplexity-lengths", "100000"), "longer books"),
         (("--parts", "perplexity", "--counted", "64"), "shortest window"),
@@ -410,7 +411,7 @@ def test_batches_and_chunks_change_nothing(books, memmamba_folder, tmp_path):
     ],
 )
 def test_what_cannot_be_made_is_refused_before_any_work(books, memmamba_folder, tmp_path, monkeypatch, more, message):
-    monkeypatch.setattr(memory.MemoryEvaluation, "cell", None)
+    monkeypatch.setattr(memory.MemoryEvaluation, "work", None)
     with pytest.raises(ValueError, match=message):
         memory.main(arguments(books, memmamba_folder, tmp_path / "memory.json", *more))
     assert not (tmp_path / "memory.json").exists()
@@ -437,7 +438,8 @@ def test_texts_of_one_key_are_the_prompts_of_the_recall_evaluation(prepared, mon
         return [[text.asked[0].number] for text in texts]
 
     monkeypatch.setattr(memory_tasks, "ask", fake_answers)
-    assert evaluation.cell("passkey", None, 300)["accuracy"] == 1
+    work = evaluation.work("passkey", None, 300)
+    assert work.finish(work.measure(range(work.total)))["accuracy"] == 1
     sampler = RecallSampler(evaluation.tokens, tokenizer, settings.seed, settings.digits)
     for number, text in enumerate(asked):
         prompt = sampler.sample((300, number), 300, 1, depth=(number + 0.5) / 3).prompt_ids
@@ -469,16 +471,25 @@ def test_model_that_compresses_is_read_plainly(tmp_path):
     tiny_model(torch.float32, vocab_size=300).save_pretrained(tmp_path)
     model = ReMambaForCausalLM.from_pretrained(tmp_path)
     assert plain_reading(model) == {"compress_prompt": False}
-    assert memory.describe_model("model", "remamba", model)["label"] == "ReMamba, compression off"
-    assert memory.describe_model("model_2", "remamba", model)["label"] == "ReMamba, compression off 2"
-    assert memory.describe_model("plain", "mamba", model)["label"] == "plain Mamba-1"
+    assert memory.describe_model("remamba", model)["label"] == "ReMamba, compression off"
+    assert memory.describe_model("mamba", model)["label"] == "plain Mamba-1"
     assert memory.names_of(["a", "b"], "c") == {"model": "a", "model_2": "b", "plain": "c"}
     with torch.no_grad():
-        before = memory.describe_model("model", "remamba", model)["weights"]
+        before = memory.describe_model("remamba", model)["weights"]
         model.backbone.compressor.query[0].weight += 1
-        assert memory.describe_model("model", "remamba", model)["weights"] == before
+        assert memory.describe_model("remamba", model)["weights"] == before
         model.backbone.embeddings.weight += 1
-        assert memory.describe_model("model", "remamba", model)["weights"] != before
+        assert memory.describe_model("remamba", model)["weights"] != before
+
+
+def test_models_of_one_kind_are_told_apart_by_their_folders(books, memmamba_folder, plain_folder, tmp_path):
+    other = shutil.copytree(memmamba_folder, tmp_path / "other")
+    output = tmp_path / "memory.json"
+    few = ("--parts", "decode", "--decode-lengths", "8", "--plain-model", str(plain_folder))
+    memory.main([*arguments(books, memmamba_folder, output, *few), "--model", str(memmamba_folder), str(other)])
+    models = json.loads(output.read_text())["description"]["models"]
+    labels = [f"MemMamba ({memmamba_folder.name})", "MemMamba (other)", "plain Mamba-1"]
+    assert [model["label"] for model in models.values()] == labels
 
 
 def test_plain_checkpoint_is_read_as_by_transformers(plain_folder):

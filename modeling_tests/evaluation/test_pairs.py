@@ -60,7 +60,7 @@ def test_summary_and_table(data):
     ("content", "message"),
     [
         ("{", r"answers.jsonl, line 2 is not JSON"),
-        ("[1]", r'line 2 has no text "prompt"'),
+        ("[1]", "line 2 is no JSON object"),
         ('{"prompt": "a"}', r'line 2 has no text "response"'),
         ('{"prompt": " ", "response": "b"}', r'line 2 has no text "prompt"'),
     ],

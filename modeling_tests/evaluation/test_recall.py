@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
-import math
 import shutil
 from datetime import datetime, timedelta, timezone
 
@@ -81,10 +80,10 @@ def test_run_goes_on_where_it_stopped_and_refuses_other_settings(books, model_fo
     last = results["cells"].pop()
     output.write_text(json.dumps(results))
     asked = []
-    one_cell = recall.recall_cell
-    monkeypatch.setattr(recall, "recall_cell", lambda *given: asked.append(given[3]) or one_cell(*given))
+    records = recall.recall_records
+    monkeypatch.setattr(recall, "recall_records", lambda *given: asked.append(given[3]) or records(*given))
     recall.main(arguments(books, model_folder, output, "--only-compressed"))
-    assert asked == [last["length"]]
+    assert asked == [last["length"]] * 3, "five prompts, two at a time"
     assert json.loads(output.read_text())["cells"][-1] == last
     with pytest.raises(ValueError, match="other settings"):
         recall.main(arguments(books, model_folder, output, "--only-compressed", "--seed", "5"))
@@ -139,8 +138,12 @@ def test_perplexity_is_that_of_the_last_tokens(model_folder):
     ids = torch.from_numpy(text.astype(np.int64))[None]
     with torch.no_grad():
         losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
-    value = recall.text_perplexity(model, text, length=100, counted=20, samples=2, seed=0, longest=100)
-    assert value == pytest.approx(math.exp(losses[-20:].mean().item()), rel=1e-4)
+    assert recall.text_ends(text, samples=2, seed=0, longest=100) == [100, 100]
+    assert recall.text_loss(model, text, end=100, length=100, counted=20) == pytest.approx(
+        losses[-20:].mean().item(), rel=1e-4
+    )
+    last = torch.nn.functional.cross_entropy(model(ids[:, 50:90]).logits[0, :-1], ids[0, 51:90], reduction="none")[-7:]
+    assert recall.text_loss(model, text, end=90, length=40, counted=7) == pytest.approx(last.mean().item(), rel=1e-4)
 
 
 def test_wilson_interval():
@@ -176,7 +179,7 @@ def test_attention_model_beside_one_that_compresses(books, model_folder, neox_fo
     recall.main(arguments(books, model_folder, output, "--plain-model", str(neox_folder), "--lengths", "256"))
     results = json.loads(output.read_text())
     assert [cell["variant"] for cell in results["cells"]] == ["compressed", "uncompressed", "plain"]
-    assert "| gpt_neox, same data |" in capsys.readouterr().out
+    assert "| gpt_neox |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="512 positions"):
         recall.main(arguments(books, model_folder, output, "--plain-model", str(neox_folder), "--lengths", "600"))
 

@@ -92,9 +92,9 @@ def test_run_goes_on_and_refuses_other_settings(folders, tmp_path, capsys, monke
     assert len(asked) == 5
     capsys.readouterr()
     assert run(folders, ["remamba"], output, "--new-tokens", "9") == 1
-    assert "other settings (see its settings)" in capsys.readouterr().err
+    assert "other settings (settings.new_tokens: 6 there, 9 now)" in capsys.readouterr().err
     assert run(folders, ["remamba"], output, "--no-compress") == 1
-    assert "see its description" in capsys.readouterr().err
+    assert "(description.models.remamba.ways.compression on: {" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,31 @@ def test_prompts_beyond_the_positions_are_not_read(folders, tmp_path):
     assert second["error"] == "64 positions, needs 65"
 
 
+def test_errors_are_shown_where_there_is_nothing_else(folders, tmp_path, capsys):
+    output = tmp_path / "speed.json"
+    assert run(folders, ["llama"], output, "--lengths", "59", "--batch-sizes", "1") == 1
+    out, err = capsys.readouterr()
+    assert out == output.with_suffix(".md").read_text()
+    assert "| prefill, s, by tokens | 59 |\n|---|---|\n| llama | 64 positions, needs 65 |\n" in out
+    assert "decoding" not in out
+    assert "nothing could be measured (64 positions, needs 65): give shorter --lengths" in err
+
+
+@pytest.mark.parametrize("option", ["--output", "--plot"])
+def test_files_that_cannot_be_written_are_found_first(folders, tmp_path, capsys, monkeypatch, option):
+    monkeypatch.setattr(speed, "measure_all", lambda *_: pytest.fail("measured first"))
+    (tmp_path / "file").write_text("")
+    bad = tmp_path / "file" / ("speed.json" if option == "--output" else "speed.png")
+    assert run(folders, ["llama"], tmp_path / "speed.json", option, str(bad)) == 1
+    assert f"{bad} cannot be written ({bad.parent} is no folder): name another file" in capsys.readouterr().err
+
+
+def test_a_picture_of_no_known_format_is_refused_first(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "measure_all", lambda *_: pytest.fail("measured first"))
+    assert run(folders, ["llama"], tmp_path / "speed.json", "--plot", str(tmp_path / "speed.chess")) == 1
+    assert "speed.chess should end in one of" in capsys.readouterr().err
+
+
 def test_compression_is_set_and_limited(folders, tmp_path):
     output = tmp_path / "speed.json"
     more = ("--compress", "--compression-span", "0.25", "--lengths", "40", "--batch-sizes", "1")
@@ -156,6 +181,12 @@ def test_what_means_nothing_is_refused(folders, tmp_path, capsys, names, more, m
     assert run(folders, names, tmp_path / "speed.json", *more) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_several_processes_are_refused(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(folders, ["remamba"], tmp_path / "speed.json") == 1
+    assert "measured by one process" in capsys.readouterr().err
 
 
 class Sleeper(torch.nn.Module):

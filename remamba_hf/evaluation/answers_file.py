@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .reporting import check_same_settings
+
 Record = dict[str, Any]
 
 
@@ -93,17 +95,6 @@ def merge(
             other.unlink()
 
 
-def check_same_settings(path: Path, found: Any, settings: Mapping[str, Any]) -> None:
-    """Raises a ValueError that names what differs."""
-    wanted = json.loads(json.dumps(settings))
-    if found == wanted:
-        return
-    found = found if isinstance(found, dict) else {}
-    names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-    shown = "; ".join(f"{name}: {_short(found.get(name))} there, {_short(wanted.get(name))} now" for name in names)
-    raise ValueError(f"{path} holds results of other settings ({shown}): name another --output, or remove it")
-
-
 def _paths(output: Path) -> list[Path]:
     pattern = re.compile(rf"{re.escape(output.stem)}\.answers(-\d+)?\.jsonl")
     return sorted(path for path in output.parent.glob("*.jsonl") if pattern.fullmatch(path.name))
@@ -138,8 +129,3 @@ def _read(path: Path, settings: Mapping[str, Any]) -> tuple[list[Record], list[R
                 + (", and its sample is asked again" if headers else " and all others, or the file")
             )
     return headers, records
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

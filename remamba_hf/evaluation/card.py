@@ -4,8 +4,8 @@
     remamba card FOLDER --results FILE [FILE ...]
 
 - `model-index` in the front matter of FOLDER/README.md;
-- `.eval_results/*.yaml` (https://huggingface.co/docs/hub/eval-results), for what was measured on a dataset of the Hub: an
-  entry there has to name one;
+- `.eval_results/*.yaml` (https://huggingface.co/docs/hub/eval-results), for what was measured on a whole dataset of the
+  Hub, by where the data came from or by a `--dataset` that names it: an entry there has to name one;
 - tables in the text of the card, between two markers.
 
 A run states all that a card has of `remamba eval`: what an earlier run wrote and these files do not have goes. All else
@@ -16,7 +16,7 @@ laid out anew.
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
 
-from .card_scores import TOOL, CardModel, Results, Score, read_results
+from .card_scores import BOOK_KINDS, KINDS, TOOL, CardModel, Dataset, Results, Score, read_results
 from .reporting import table_head, table_row
 
 BEGIN, END = "<!-- remamba eval: begin -->", "<!-- remamba eval: end -->"
@@ -59,14 +59,17 @@ class Change:
         return "".join(line if line.endswith("\n") else f"{line}\n" for line in lines)
 
     def apply(self) -> None:
-        """Writes the file under a temporary name and renames it, or removes it."""
-        if self.new is None:
-            self.path.unlink()
-            return
-        self.path.parent.mkdir(exist_ok=True)
-        temporary = self.path.with_name(f"unfinished-{self.path.name}")
-        temporary.write_bytes(self.new.encode())
-        os.replace(temporary, self.path)
+        """Writes the file under a temporary name and renames it, or removes it; raises a ValueError if it cannot."""
+        try:
+            if self.new is None:
+                self.path.unlink()
+                return
+            self.path.parent.mkdir(exist_ok=True)
+            temporary = self.path.with_name(f"unfinished-{self.path.name}")
+            temporary.write_bytes(self.new.encode())
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be written ({error.strerror}): correct that, and run again") from error
 
 
 @dataclass(frozen=True)
@@ -90,34 +93,67 @@ class CardUpdate:
             change.apply()
 
 
-def plan_update(folder: Path, files: Sequence[Path], books_dataset: str | None = None) -> CardUpdate:
+def named_datasets(given: Iterable[str], books: str | None = None) -> dict[str, str]:
+    """Datasets on the Hub by the kind of results that were measured on them.
+
+    Args:
+        given: each "TASK=OWNER/NAME".
+        books: that of all kinds that are measured on books.
+
+    Raises:
+        ValueError: text of another form, or a task that cards know nothing of.
+    """
+    if books is not None and not _HUB_ID.fullmatch(books):
+        raise ValueError(f"{books} is no id of a dataset on the Hub: give --books-dataset as owner/name")
+    named = {} if books is None else dict.fromkeys(BOOK_KINDS, books)
+    for text in given:
+        kind, _, dataset = text.partition("=")
+        if kind not in KINDS or not _HUB_ID.fullmatch(dataset):
+            raise ValueError(f"--dataset {text} is not TASK=OWNER/NAME with one of the tasks {', '.join(KINDS)}")
+        named[kind] = dataset
+    return named
+
+
+def plan_update(folder: Path, files: Sequence[Path], datasets: Mapping[str, str] | None = None) -> CardUpdate:
     """What to change in a model's folder so that its card states the results in some files. Changes nothing.
 
     Args:
         folder: of the checkpoint, with or without a README.md.
         files: JSON, written by `remamba eval`.
-        books_dataset: the dataset on the Hub that the books are of, where results are measured on books.
+        datasets: the dataset on the Hub that results are measured on, by their kind, where the files do not say so.
 
     Raises:
-        ValueError: files that are no results, of another model, or that contradict each other; a card that cannot be
-            read or has half of the markers.
-        OSError: files that cannot be read.
+        ValueError: files that cannot be read, that are no results, of another model, or that contradict each other; a
+            card that cannot be read or has half of the markers.
     """
-    if books_dataset is not None and not _HUB_ID.fullmatch(books_dataset):
-        raise ValueError(f"{books_dataset} is no id of a dataset on the Hub: give --books-dataset as owner/name")
+    datasets = datasets or {}
     model = CardModel(folder)
     found = [read_results(file, model) for file in files]
     scores = _distinct(found)
     readme = folder / "README.md"
     old = _read(readme)
-    new = _card(old, model, _eval_results(scores, books_dataset), _block(scores, folder))
-    changes = [*_eval_files(folder, scores, books_dataset), Change(readme, old, new)]
-    notes = [
-        f"{one.file.name} has no digest of its model: kind and settings were compared, as far as it has them"
-        for one in found
-        if not one.is_identified
-    ]
+    new = _card(old, model, _eval_results(scores, datasets), _block(scores, folder))
+    changes = [*_eval_files(folder, scores, datasets), Change(readme, old, new)]
+    notes = [note for one in found for note in _notes(one, datasets)]
     return CardUpdate(folder, tuple(each for each in changes if each.old != each.new), len(scores), tuple(notes))
+
+
+def _notes(results: Results, datasets: Mapping[str, str]) -> Iterator[str]:
+    """What a user should know about a file."""
+    name = results.file.name
+    if not results.is_identified:
+        yield f"{name} has no digest of its model: kind and settings were compared, as far as it has them"
+    of = [score.dataset for score in results.scores if score.dataset.is_benchmark]
+    if of and not any(dataset.is_whole for dataset in of):
+        yield f"{name} is of some samples (--limit) or does not say of how many: nothing of it is a result for the Hub"
+    elif of and not any(_hub_id(dataset, datasets) for dataset in of):
+        kind = of[0].kind
+        yield f"{name} was measured on local files: if these are a dataset's on the Hub, add --dataset {kind}=OWNER/NAME"
+
+
+def _hub_id(dataset: Dataset, datasets: Mapping[str, str]) -> str | None:
+    """The dataset on the Hub that a number is a result of, if it is one."""
+    return datasets.get(dataset.kind, dataset.hub) if dataset.is_whole else None
 
 
 def _read(path: Path) -> str | None:
@@ -147,7 +183,7 @@ def _distinct(found: Sequence[Results]) -> list[tuple[Results, Score]]:
     return list(places.values())
 
 
-def _eval_results(scores: Sequence[tuple[Results, Score]], books_dataset: str | None) -> list[EvalResult]:
+def _eval_results(scores: Sequence[tuple[Results, Score]], datasets: Mapping[str, str]) -> list[EvalResult]:
     """For the model-index. Settings that all numbers of a dataset share stand with the dataset, others with the number."""
     shared: dict[str, dict[str, Any]] = {}
     for results, score in scores:
@@ -159,13 +195,14 @@ def _eval_results(scores: Sequence[tuple[Results, Score]], books_dataset: str | 
         common = shared[score.dataset.config]
         own = {name: value for name, value in _settings(results, score).items() if name not in common}
         if score.metric is not None and score.value is not None:
+            hub = _hub_id(score.dataset, datasets)
             entries.append(
                 EvalResult(
                     task_type="text-generation",
-                    dataset_type=score.dataset.hub or books_dataset or score.dataset.kind,
+                    dataset_type=hub or score.dataset.kind,
                     dataset_name=score.dataset.name,
                     dataset_config=score.dataset.config,
-                    dataset_split=score.dataset.split,
+                    dataset_split=score.dataset.split if hub else None,
                     dataset_args=common,
                     metric_type=score.metric,
                     metric_name=score.name,
@@ -185,11 +222,11 @@ def _settings(results: Results, score: Score) -> dict[str, Any]:
     return {**score.settings, **environment, **date}
 
 
-def _eval_files(folder: Path, scores: Sequence[tuple[Results, Score]], books_dataset: str | None) -> list[Change]:
+def _eval_files(folder: Path, scores: Sequence[tuple[Results, Score]], datasets: Mapping[str, str]) -> list[Change]:
     """Changes of the files in `.eval_results/`: one for every kind of results."""
     entries: dict[str, list[EvalResultEntry]] = {}
     for results, score in scores:
-        dataset = score.dataset.hub or books_dataset
+        dataset = _hub_id(score.dataset, datasets)
         if dataset is not None and score.metric is not None and score.value is not None:
             entry = EvalResultEntry(
                 dataset_id=dataset,
@@ -214,8 +251,8 @@ def _eval_files(folder: Path, scores: Sequence[tuple[Results, Score]], books_dat
 
 def _task_id(score: Score) -> str:
     """The Hub's configuration for the one number of a benchmark's task, else a name made of what was measured."""
-    is_whole = score.dataset.hub is not None and (score.column == "average" or score.metric == "exact_match")
-    name = score.dataset.config if is_whole else f"{score.dataset.config} {score.name}"
+    is_only = score.dataset.is_benchmark and (score.column == "average" or score.metric == "exact_match")
+    name = score.dataset.config if is_only else f"{score.dataset.config} {score.name}"
     return re.sub(r"\W+", "_", name.replace("%", "")).strip("_")
 
 

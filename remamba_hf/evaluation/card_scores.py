@@ -6,10 +6,11 @@ files of earlier versions, by the kind of model and its settings. What it says o
 is left out.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from remamba_hf.checkpoint_files import TOKENIZER_FILES, first_line, has_tokenizer, read_json
 from remamba_hf.families import FAMILIES
 
-from . import leval, longbench
+from . import fidelity, leval, longbench
 from .causal_models import Checkpoint, digest_of_files
 from .checkpoints import compression_weights, digest, load_model, reading_family, weights_read
 from .memory_report import COLUMNS
@@ -25,6 +26,9 @@ from .reporting import percent_with_interval, short_length
 
 TOOL = "remamba_hf"  # in an environment, the version of what has measured
 DECIMALS = 4  # of the values in a card's metadata
+_BENCHMARKS = (longbench.LongBench.name, leval.LEval.name)
+BOOK_KINDS = ("passkey", "documents", "perplexity", "recall", "fidelity")
+KINDS = (*_BENCHMARKS, *BOOK_KINDS)  # of datasets
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -36,8 +40,9 @@ class Dataset:
         kind: of the results, one word.
         name: for people.
         config: what tells it from others of its kind.
-        hub: its id on the Hub; None: books of a folder.
-        split: on the Hub.
+        hub: the dataset on the Hub that the data came from; None: files of a folder.
+        split: of that dataset, if it is known.
+        is_whole: whether all of it was measured that a result of the dataset has to be of.
     """
 
     kind: str
@@ -45,6 +50,12 @@ class Dataset:
     config: str
     hub: str | None = None
     split: str | None = None
+    is_whole: bool = True
+
+    @property
+    def is_benchmark(self) -> bool:
+        """Whether it has configurations of its own, and a number for each."""
+        return self.kind in _BENCHMARKS
 
 
 @dataclass(frozen=True)
@@ -159,11 +170,13 @@ def read_results(file: Path, model: CardModel) -> Results:
     """What a file says of a model.
 
     Raises:
-        ValueError: the file is none of `remamba eval`, is not whole, has no number for a card, or is of another model.
-        OSError: it cannot be read.
+        ValueError: the file cannot be read, is none of `remamba eval`, is not whole, has no number for a card, or is of
+            another model.
     """
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}): give files that `remamba eval` wrote") from error
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({first_line(error)}): give a file that `remamba eval` wrote") from error
     reader = _reader(results)
@@ -171,7 +184,7 @@ def read_results(file: Path, model: CardModel) -> Results:
         raise ValueError(f"{file} holds no results for a card: give JSON files that `remamba eval` wrote")
     try:
         is_identified = _CHECKS[reader](results, model, file)
-        scores = tuple(reader(results, model))
+        scores = tuple(_with_books(score, results) for score in reader(results, model))
         environment = _environment(results)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not as `remamba eval` writes it ({first_line(error)}): evaluate again") from error
@@ -181,6 +194,15 @@ def read_results(file: Path, model: CardModel) -> Results:
         raise ValueError(f"{file} has no number for a card yet: let the evaluation come to its end")
     date = results.get("date")
     return Results(file, scores, environment, date if isinstance(date, str) else None, is_identified)
+
+
+def _with_books(score: Score, results: Mapping[str, Any]) -> Score:
+    """A number with the dataset of the Hub that its books were read from, if they were."""
+    read = (results.get("description") or {}).get("dataset") or {}
+    if read.get("revision") is None:  # a folder's books or files
+        return score
+    dataset = replace(score.dataset, hub=read["id"], split=read["split"])
+    return replace(score, dataset=dataset, settings={**score.settings, "dataset": read["id"], "revision": read["revision"]})
 
 
 class _Damaged(ValueError):
@@ -227,6 +249,8 @@ def _share(cell: Mapping[str, Any]) -> tuple[float, str]:
 
 def _check_files(results: dict[str, Any], model: CardModel, file: Path) -> bool:
     """Of the benchmarks with generated answers: model and tokenizer by their files, or by a commit."""
+    if "predictions" in results["settings"]:
+        raise ValueError(f"{file} has scores of --predictions, which do not tell whose they are: give results of a --model")
     said = results["settings"]["model"]
     if "revision" in said:
         found: Any = model.commit()
@@ -328,6 +352,16 @@ def _reading(settings: Mapping[str, Any], model: CardModel) -> tuple[str, dict[s
     return f", compression {state}", {"compression": state, **compression, **used}
 
 
+def _source(results: Mapping[str, Any], repository: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where a benchmark's data came from: fields of `Dataset`, and what is told beside the settings.
+
+    Files that do not say so were not read from the Hub, nor as a whole.
+    """
+    is_hubs, limit = results.get("data", {}) is None, results.get("limit", "unknown")
+    fields = {"hub": repository if is_hubs else None, "split": "test", "is_whole": limit is None}
+    return fields, {**({} if is_hubs else {"data": "local files"}), **_there({"limit": limit})}
+
+
 def _there(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -335,6 +369,8 @@ def _there(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _longbench(results: dict[str, Any], model: CardModel) -> Iterator[Score]:
     reading, settings = _reading(results["settings"], model)
     summary, data = results["summary"], results.get("data") or {}
+    source, told = _source(results, longbench.HUB_REPOSITORY)
+    settings |= told
     files = {
         task: task if f"{task}.jsonl" in data and f"{task}_e.jsonl" not in data else f"{task}_e" for task in summary["tasks"]
     }
@@ -343,7 +379,8 @@ def _longbench(results: dict[str, Any], model: CardModel) -> Iterator[Score]:
     counts = {"samples": results["settings"]["samples"]["count"], "tasks": len(files)}
     rows = [(task, files[task], one, {"samples": sum(one["samples"].values())}) for task, one in summary["tasks"].items()]
     for row, config, one, count in (*rows, ("average", title.lower().replace("-", "_"), summary, counts)):
-        dataset = Dataset(longbench.LongBench.name, f"{title}, {row}", config, longbench.HUB_REPOSITORY, "test")
+        own = _of_all_tasks(source, summary, longbench.TASKS) if row == "average" else source
+        dataset = Dataset(longbench.LongBench.name, f"{title}, {row}", config, **own)
         for column, value in (*one["buckets"].items(), ("average", one["average"])):
             if value is not None:
                 # A task's score by length stands in the text alone: the metadata would be several hundred lines.
@@ -352,14 +389,22 @@ def _longbench(results: dict[str, Any], model: CardModel) -> Iterator[Score]:
                 yield Score(dataset, table, row, column, shown, number, metric, f"score, {column}{reading}", settings, count)
 
 
+def _of_all_tasks(source: Mapping[str, Any], summary: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    """The `Dataset` fields of an average, which is one of the benchmark only if all tasks are in it."""
+    return {**source, "is_whole": source["is_whole"] and set(tasks) <= set(summary["tasks"])}
+
+
 def _leval(results: dict[str, Any], model: CardModel) -> Iterator[Score]:
     reading, settings = _reading(results["settings"], model)
     summary = results["summary"]
+    source, told = _source(results, leval.HUB_REPOSITORY)
+    settings |= told
     counts = {"samples": results["settings"]["samples"]["count"], "tasks": len(summary["tasks"])}
     rows = [(task, task, one["accuracy"], {"samples": one["samples"]}) for task, one in summary["tasks"].items()]
     for column, config, value, count in (*rows, ("average", "closed_ended", summary["average"], counts)):
         if value is not None:
-            dataset = Dataset(leval.LEval.name, f"L-Eval, {column}", config, leval.HUB_REPOSITORY, "test")
+            own = _of_all_tasks(source, summary, leval.TASKS) if column == "average" else source
+            dataset = Dataset(leval.LEval.name, f"L-Eval, {column}", config, **own)
             number, table = _number(value), "L-Eval, closed-ended tasks"
             row, metric = f"exact match, %{reading}", "exact_match"
             yield Score(dataset, table, row, column, f"{number:.2f}", number, metric, row, settings, count)
@@ -489,22 +534,25 @@ def _fidelity(results: dict[str, Any], model: CardModel) -> Iterator[Score]:
     name = _name_in_fidelity(results["models"], model)
     assert name is not None
     one, settings = results["models"][name], results["settings"]
-    used = {"length": settings["length"], "books": len(results["description"]["books"])}
+    used: dict[str, Any] = {"books": len(results["description"]["books"])}
     used |= {**_there({"dtype": one.get("dtype")}), **_plain_reading(model)}
     counts = {"passages": settings["passages"]}
+    by_length = fidelity.measures_by_length(results, name)
     measures = (
         ("etmf", "ETMF", "distance", {"paper": "paper", "corrected": "corrected"}),
         ("eclmf", "ECLMF", "gap", {"paper": "paper", "held_out_r2": "held-out R^2"}),
     )
-    for key, measure, what, forms in measures:
-        dataset = Dataset("fidelity", f"{measure} on books", key)
+    for (length, found), (key, measure, what, forms) in itertools.product(by_length.items(), measures):
+        several = f" of {short_length(length)} tokens" if len(by_length) > 1 else ""
+        dataset = Dataset("fidelity", f"{measure} on books{several}", f"{key}{several.replace(' ', '_')}")
         for form, label in forms.items():
-            for place, values in one[key].items():
+            for place, values in found[key].items():
                 if values is not None:  # a gap of more layers than there are
                     number = _number(values[form]["mean"])
-                    table, title = f"{measure}, by {what}", f"{measure}, {label}, {what} {place}"
+                    table, title = f"{measure}{several}, by {what}", f"{measure}, {label}, {what} {place}"
                     metric = f"{key}_{form}"
-                    yield Score(dataset, table, label, place, f"{number:.3f}", number, metric, title, used, counts)
+                    own = {"length": length, **used}
+                    yield Score(dataset, table, label, place, f"{number:.3f}", number, metric, title, own, counts)
 
 
 _CHECKS: dict[Reader, Callable[[dict[str, Any], CardModel, Path], bool]] = {

@@ -84,7 +84,7 @@ def find_checkpoint(model: str, revision: str | None = None, trust_remote_code: 
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever the file's content leads to
         advice = "" if trust_remote_code else " If it brings code of its own that you trust, add --trust-remote-code."
-        raise CheckpointError(f"The configuration of {model} cannot be read: {first_line(error)}.{advice}") from error
+        raise CheckpointError(f"The configuration of {model} cannot be read: {_reason(error)}.{advice}") from error
     if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
         check_safetensors(folder)
     name = folder.resolve().name if is_local else model
@@ -116,9 +116,18 @@ def load_causal_model(
             dtype=dtype,
             trust_remote_code=checkpoint.trust_remote_code,
             output_loading_info=True,
+            # transformers' own error for these refers to a report that it logs: they are named below.
+            ignore_mismatched_sizes=True,
         )
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.name} cannot be loaded: {first_line(error)}.") from error
+        raise CheckpointError(f"{checkpoint.name} cannot be loaded: {_reason(error)}.") from error
+    mismatched = sorted((name, list(there), list(needed)) for name, there, needed in info["mismatched_keys"])
+    if mismatched:
+        name, there, needed = mismatched[0]
+        raise CheckpointError(
+            f"{checkpoint.name} has {len(mismatched)} tensors of other sizes than its config.json says, e.g. {name}: "
+            f"{there} instead of {needed}. Get its files again, config.json included."
+        )
     missing = [name for name in info["missing_keys"] if not any(part in name for part in may_lack)]
     if missing:
         raise CheckpointError(
@@ -132,7 +141,7 @@ def load_tokenizer(checkpoint: Checkpoint, tokenizer: str | None = None) -> tupl
     """The tokenizer of a checkpoint, or of another folder or Hub id, and a digest of its files.
 
     Raises:
-        CheckpointError: there is none, or it cannot be loaded.
+        CheckpointError: there is none, it cannot be loaded, or it has tokens that the model does not have.
     """
     trust = checkpoint.trust_remote_code
     folder = checkpoint.folder if tokenizer is None else locate(tokenizer)
@@ -146,10 +155,33 @@ def load_tokenizer(checkpoint: Checkpoint, tokenizer: str | None = None) -> tupl
         loaded = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust)
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise CheckpointError(
-            f"The tokenizer of {tokenizer or checkpoint.name} cannot be loaded: {first_line(error)}. Get its files again, "
+            f"The tokenizer of {tokenizer or checkpoint.name} cannot be loaded: {_reason(error)}. Get its files again, "
             "or give another: --tokenizer FOLDER_OR_ID."
         ) from error
+    _check_vocabulary(checkpoint, loaded, tokenizer or checkpoint.name)
     return loaded, digest_of_files(path for name in TOKENIZER_FILES for path in folder.glob(name))
+
+
+def _check_vocabulary(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Without it, a text with such a token ends in an IndexError of the embedding, on a GPU in a failed assertion."""
+    size = getattr(checkpoint.config.get_text_config(), "vocab_size", None)
+    # A padding token stands for nothing that is read: whoever pads takes another where the model does not have it.
+    beyond = {
+        number: token
+        for token, number in tokenizer.get_vocab().items()
+        if size is not None and number >= size and token != tokenizer.pad_token
+    }
+    if beyond:
+        raise CheckpointError(
+            f"{checkpoint.name} has a vocabulary of {size}, and the tokenizer of {name} {len(beyond)} tokens beyond it, "
+            f"e.g. {beyond[min(beyond)]!r} ({min(beyond)}). Give the tokenizer that the model was trained with (--tokenizer "
+            "FOLDER_OR_ID), or resize the model's embeddings."
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """To be followed by a full stop."""
+    return first_line(error).rstrip(".")
 
 
 def resolved_dtype(checkpoint: Checkpoint, device: str, dtype: str) -> str:

@@ -4,9 +4,10 @@
     remamba eval compare A.json B.json --output compared.png
 
 The files are results of `remamba eval` of one task: score by words (longbench_e), accuracy by task (leval), exact match by
-length and depth (passkey, recall) or by documents (documents), perplexity by length (perplexity), speed and memory by length
-(speed). Files of several tasks, as python -m remamba_hf.evaluation.memory writes them, need --task. Settings in which the
-files differ are told below the table: numbers of different questions are no comparison.
+length and depth (passkey, recall) or by documents (documents), perplexity by length (perplexity), ETMF and ECLMF by length
+(fidelity), speed and memory by length (speed). Files of several tasks, such as those that python -m
+remamba_hf.evaluation.memory writes, need --task. Settings in which the files differ are told below the table: numbers of
+different questions are no comparison.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import speed
+from . import fidelity, speed
 from .reporting import (
     accuracy_by_depth,
+    check_writable,
     draw_depths,
     draw_perplexity,
     draw_shares,
@@ -77,6 +79,8 @@ def tasks_of(results: Any) -> list[str]:
         return [task for task in ("longbench_e", "leval") if task == results["settings"].get("task")]
     if "cells" in results:
         return ["recall"] if results["cells"] else []
+    if "models" in results:
+        return ["fidelity"] if results["models"] else []
     return [task for task in ("passkey", "documents", "perplexity", "speed") if results.get(task)]
 
 
@@ -161,7 +165,8 @@ def differing_settings(task: str, files: Mapping[Path, dict[str, Any]]) -> list[
     values = {
         name: {json.dumps(results["settings"].get(name), sort_keys=True) for results in files.values()} for name in names
     }
-    values["books"] = {json.dumps((results.get("description") or {}).get("books")) for results in files.values()}
+    descriptions = [results.get("description") or {} for results in files.values()]
+    values["books"] = {json.dumps([one.get("books"), one.get("dataset")], sort_keys=True) for one in descriptions}
     if task == "speed":
         values["device"] = {str(results["environment"].get("device")) for results in files.values()}
     return [name for name, different in values.items() if len(different) > 1]
@@ -231,12 +236,30 @@ def _recall(results: dict[str, Any]) -> list[Line]:
     ]
 
 
+def _fidelity(results: dict[str, Any]) -> list[Line]:
+    labels = fidelity.model_labels(results)
+    return [
+        Line(f"{labels[name]}{_measured(form, place)}", numbers)
+        for form in fidelity.FORMS
+        for name, place, numbers in fidelity.lines(results, form)
+    ]
+
+
+def _measured(form: fidelity.Form, place: str) -> str:
+    """What a line of `_fidelity` is of, behind the model."""
+    return f", {form.title}, {form.place} {place}"
+
+
 def _speed(results: dict[str, Any]) -> list[Line]:
     return [Line(label, cells) for label, cells in speed.rows_of(results).items()]
 
 
 def _show_number(value: float) -> str:
     return f"{value:.2f}"
+
+
+def _show_fidelity(value: float) -> str:
+    return f"{value:.3f}"
 
 
 def _show_share(cell: Mapping[str, Any]) -> str:
@@ -305,6 +328,13 @@ def _draw_perplexity(view: View, lines: Sequence[Line], path: Path) -> None:
     save_figure(figure, path)
 
 
+def _draw_fidelity(view: View, lines: Sequence[Line], path: Path) -> None:
+    found = {form: [line for line in lines if _measured(form, "") in line.label] for form in fidelity.FORMS}
+    fidelity.draw_panels(
+        {form: [(line.label.replace(f", {form.title}", ""), line.cells) for line in of] for form, of in found.items()}, path
+    )
+
+
 def _draw_speed(view: View, lines: Sequence[Line], path: Path) -> None:
     speed.draw({line.label: line.cells for line in lines}, path)
 
@@ -332,6 +362,7 @@ VIEWS = {
         ("counted", "windows", "stride"),
     ),
     "recall": View(_recall, "exact match, %, by tokens", _show_share, _draw_recall, _PLANTED),
+    "fidelity": View(_fidelity, "ETMF and ECLMF, by tokens of a passage", _show_fidelity, _draw_fidelity, ("passages",)),
     "speed": View(_speed, "speed and memory, by tokens", speed.check_cell, _draw_speed, ("new_tokens",)),
 }
 
@@ -350,7 +381,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     from remamba_hf.reading import check_picture
 
     options = parse_arguments(arguments, program)
-    options.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    check_writable(options.output)
     check_picture(options.output)
     files = {path: read_file(path) for path in dict.fromkeys(options.results)}
     task = common_task(files, options.task)

@@ -7,6 +7,7 @@ A benchmark whose answers are generated (tasks.py) joins as a `_benchmark`, a mo
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,25 +60,41 @@ COMMANDS = {
 
 
 def _run_benchmark(kind: Callable[..., Any], arguments: Sequence[str], program: str, description: str) -> None:
-    options = _parser(program, description).parse_args(arguments)
+    parser = _parser(program, description, hasattr(kind, "predictions"))
+    options = parser.parse_args(arguments)
     task = kind(options.tasks) if options.tasks else kind()
+    if options.predictions is not None:
+        _score_predictions(task, options, parser)
+        return
     if options.data is not None and not options.data.exists():
         raise FileNotFoundError(f"there is no {options.data}: give --data the folder with the benchmark's files")
     whole = task.samples(options.data)
     if not whole:
         raise ValueError(f"{options.data or 'the Hub'} has no sample of {task.name}")
-    _evaluate(task, _limited(whole, options.limit), options)
+    samples = _limited(whole, options.limit)
+    _evaluate(task, samples, options, limit=None if len(samples) == len(whole) else options.limit)
 
 
-def _parser(program: str, description: str) -> argparse.ArgumentParser:
+def _parser(program: str, description: str, has_predictions: bool) -> argparse.ArgumentParser:
     from .generation_eval import MAX_LENGTH
 
     parser = argparse.ArgumentParser(
         prog=program,
         description=f"{description}. Answers are kept as they come: the same command goes on after an interruption. Several "
-        "GPUs: accelerate launch --multi_gpu -m remamba_hf.cli eval TASK ...",
+        "GPUs: accelerate launch --multi_gpu -m remamba_hf.cli eval TASK ...; several processes on a CPU: torchrun "
+        "--nproc_per_node N -m remamba_hf.cli eval TASK ... --device cpu (accelerate launch --cpu starts one only).",
     )
-    parser.add_argument("--model", required=True, metavar="MODEL", help="folder or Hub id of any causal language model")
+    answering = parser.add_mutually_exclusive_group(required=True)
+    answering.add_argument("--model", metavar="MODEL", help="folder or Hub id of any causal language model")
+    parser.set_defaults(predictions=None)
+    if has_predictions:
+        answering.add_argument(
+            "--predictions",
+            type=Path,
+            metavar="FOLDER",
+            help="instead of a model: score the answers in FOLDER/NAME_e.jsonl or NAME.jsonl, lines with pred, answers, "
+            "length and all_classes as the benchmark's own scripts write them",
+        )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of MODEL on the Hub")
     parser.add_argument("--tokenizer", metavar="TOKENIZER", help="folder or Hub id; default: MODEL's")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the benchmark's files; default: the Hub")
@@ -110,24 +127,44 @@ def _parser(program: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _score_predictions(task: Any, options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raises a ValueError for options of a model, which is not asked."""
+    from .generation_eval import results_path
+    from .predictions import markdown, score_predictions
+    from .reporting import check_writable
+
+    used = ("predictions", "tasks", "output")
+    given = [name for name, value in vars(options).items() if name not in used and value != parser.get_default(name)]
+    if given:
+        raise ValueError(f"--predictions are scored as they are: leave out {', '.join(map(flag, given))}")
+    if int(os.environ.get("RANK", "0")) > 0:  # there is no work to be shared
+        return
+    output = results_path(options.output or Path(f"{task.name}-{options.predictions.resolve().name}.json"))
+    check_writable(output)
+    print(markdown(task, score_predictions(task, options.predictions, output)), end="")
+    print(f"results  {output}", file=sys.stderr)
+
+
 def _limited(samples: list[Any], limit: int | None) -> list[Any]:
     if limit is None or limit >= len(samples):
         return samples
     return [samples[number * len(samples) // limit] for number in range(limit)]
 
 
-def _evaluate(task: Any, samples: list[Any], options: argparse.Namespace) -> None:
+def _evaluate(task: Any, samples: list[Any], options: argparse.Namespace, limit: int | None) -> None:
+    """limit: of the samples, if there are more."""
     from remamba_hf.reading import checked_device
 
     from .causal_models import find_checkpoint, load_tokenizer, resolved_dtype
     from .generation_eval import GenerationSettings, evaluate, launched_processes, markdown, results_path
+    from .reporting import check_writable
 
     checked_device(options.device)
     checkpoint = find_checkpoint(options.model, options.revision, options.trust_remote_code)
     compression = _compression(options, checkpoint)
     tokenizer, digest = load_tokenizer(checkpoint, options.tokenizer)
     output = results_path(options.output or Path(f"{task.name}-{checkpoint.name.replace('/', '--')}.json"))
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(output)
     processes = launched_processes(options.device)
     device = checked_device(processes.device)
     settings = GenerationSettings(
@@ -137,7 +174,7 @@ def _evaluate(task: Any, samples: list[Any], options: argparse.Namespace) -> Non
         batch_size=options.batch_size,
         prefill_chunk_length=options.prefill_chunk_length,
     )
-    about = {"tasks": list(getattr(task, "tasks", ())), "data": _files(options.data)}
+    about = {"tasks": list(getattr(task, "tasks", ())), "data": _files(options.data), "limit": limit}
     results = evaluate(task, samples, checkpoint, tokenizer, digest, settings, output, device, about, processes)
     processes.end()
     if results is None:

@@ -2,7 +2,7 @@
 """How much of its tokens and of its lower layers a model's states still tell: ETMF and ECLMF of arXiv 2510.03279, section 2,
 and forms of both that correct what these measure besides.
 
-    python -m remamba_hf.evaluation.fidelity --model MODEL --books BOOKS --output fidelity.json
+    remamba eval fidelity --model MODEL --books BOOKS --output fidelity.json --lengths 512 2048 8192 --plots DIR
 
 ETMF as the paper defines it compares what a state predicts with the token that the state has just read, so that a model
 that copies its input scores best. Here its distance variants compare with the token so many positions back, and the
@@ -12,43 +12,74 @@ ECLMF as the paper defines it fits and tests on the same positions and divides b
 independent noise scores almost 1 once there are as few positions as features, and a layer of larger scale scores better.
 The corrected form is the R^2 of positions that the fit has not seen.
 
-Any causal language model can be measured that hands out one hidden state a layer, of the width of its embeddings. The output
-file is written after every model, and a run that was cut off goes on from it.
+Any causal language model can be measured that hands out one hidden state a layer, of the width of its embeddings. Passages
+are read whole. BOOKS is a folder of .txt books, or a dataset such as deepmind/pg19. The output file is written after every
+model, and a run that was cut off goes on behind the last length that was measured. Several GPUs: accelerate launch
+--multi_gpu -m remamba_hf.cli eval fidelity ..., whose processes take models and lengths by turns.
 
 Shapes: `B` rows, `L` positions, `V` vocabulary, `D` hidden size, `N` positions of all rows.
 """
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from remamba_hf.training.book_tokens import encode_books, list_books
+from remamba_hf.command_options import positive
 
-from .causal_models import Checkpoint
+from .books import add_book_options, open_books
 from .checkpoints import (
     add_model_options,
     check_positions,
     check_tokenizer,
     describe_checkpoint,
     environment,
+    label_of,
     load_model,
     open_checkpoint,
-    open_device,
     open_tokenizer,
     plain_reading,
 )
-from .reporting import start_or_continue, table_head, table_row, write_results
+from .reporting import (
+    new_panels,
+    save_figure,
+    set_length_ticks,
+    short_length,
+    start_or_continue,
+    table_head,
+    table_row,
+    write_results,
+)
+from .shared_cells import Cell, check_outputs, launched, measure_cells
 
 DISTANCES = (0, 8, 16, 32)
 GAPS = (2, 5, 10)
 PENALTY = 1e-4
+_COLOURS = 10  # of lines in a picture, until they repeat
+
+
+class Form(NamedTuple):
+    """One of the measures. key, form: of the results; title: for people; place: what it has a number for each of."""
+
+    key: str
+    form: str
+    title: str
+    place: str
+
+
+FORMS = (
+    Form("etmf", "paper", "ETMF, paper", "distance"),
+    Form("etmf", "corrected", "ETMF, corrected", "distance"),
+    Form("eclmf", "paper", "ECLMF, paper", "gap"),
+    Form("eclmf", "held_out_r2", "ECLMF, held-out R^2", "gap"),
+)
 
 
 def expected_embeddings(logits: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
@@ -248,79 +279,180 @@ def spread_passages(tokens: np.ndarray, count: int, length: int) -> torch.Tensor
     """
     if length > len(tokens):
         raise ValueError(
-            f"the books have {len(tokens)} tokens, fewer than the {length} of a passage: give a shorter --length"
+            f"the books have {len(tokens)} tokens, fewer than the {length} of a passage: give shorter --lengths"
         )
     starts = np.linspace(0, len(tokens) - length, count).astype(int)
     return torch.from_numpy(np.stack([np.asarray(tokens[start : start + length], dtype=np.int64) for start in starts]))
 
 
+def measures_by_length(results: Mapping[str, Any], name: str) -> dict[int, dict[str, Any]]:
+    """What `measure` gave of a model, by the passages' length, ascending.
+
+    A file's `models` have that of the longest passages, whose length is its setting `length`, in plain sight. Where there
+    are several, the setting `lengths` has all, and `shorter` of a model what was measured of the others.
+    """
+    model = results["models"][name]
+    return {
+        **{int(length): found for length, found in model.get("shorter", {}).items()},
+        results["settings"]["length"]: model,
+    }
+
+
+def model_labels(results: Mapping[str, Any]) -> dict[str, str]:
+    """The models for people, by name; those of one kind with their names."""
+    labels = {name: str(one.get("label") or label_of(one["model_type"])) for name, one in results["models"].items()}
+    counts = Counter(labels.values())
+    return {name: f"{label}, {name}" if counts[label] > 1 else label for name, label in labels.items()}
+
+
+def lines(results: Mapping[str, Any], form: Form) -> Iterator[tuple[str, str, dict[int, float]]]:
+    """The numbers of a measure by length, for every model (named first) and every distance or gap that it has."""
+    for name in results["models"]:
+        found = measures_by_length(results, name)
+        for place in next(iter(found.values()))[form.key]:
+            values = {length: one[form.key][place] for length, one in found.items()}
+            numbers = {length: float(value[form.form]["mean"]) for length, value in values.items() if value is not None}
+            if numbers:
+                yield name, place, numbers
+
+
 def markdown_tables(results: dict[str, Any]) -> str:
-    """The results as two Markdown tables."""
-    distances, gaps = results["settings"]["distances"], results["settings"]["gaps"]
-    text = table_head("ETMF, by distance", [str(distance) for distance in distances])
-    for name, result in results["models"].items():
-        for form in ("paper", "corrected"):
-            shown = [f"{result['etmf'][str(distance)][form]['mean']:.3f}" for distance in distances]
-            text += table_row(f"{name}, {form}", shown)
-    text += "\n" + table_head("ECLMF, mean over layers, by gap", [str(gap) for gap in gaps])
-    for name, result in results["models"].items():
-        for form, label in (("paper", "paper"), ("held_out_r2", "held-out R^2")):
-            found = [result["eclmf"][str(gap)] for gap in gaps]
-            text += table_row(f"{name}, {label}", ["" if each is None else f"{each[form]['mean']:.3f}" for each in found])
-    return text
+    """The results as two Markdown tables, with a row for every length."""
+    heads = {"etmf": "ETMF, by distance", "eclmf": "ECLMF, mean over layers, by gap"}
+    places = {"etmf": results["settings"]["distances"], "eclmf": results["settings"]["gaps"]}
+    several = len(results["settings"].get("lengths", ())) > 1
+    tables = []
+    for key, head in heads.items():
+        text = table_head(head, [str(place) for place in places[key]])
+        for name in results["models"]:
+            for form in (form for form in FORMS if form.key == key):
+                for length, found in measures_by_length(results, name).items():
+                    values = [found[key][str(place)] for place in places[key]]
+                    shown = ["" if value is None else f"{value[form.form]['mean']:.3f}" for value in values]
+                    label = f"{name}, {form.title.removeprefix(key.upper()).removeprefix(', ')}"
+                    text += table_row(f"{label}, {short_length(length)}" if several else label, shown)
+        tables.append(text)
+    return "\n".join(tables)
+
+
+def draw_plot(results: dict[str, Any], path: Path) -> None:
+    """Every measure by length, a line for every model and every distance or gap."""
+    draw_panels(
+        {
+            form: [(f"{name}, {form.place} {place}", values) for name, place, values in lines(results, form)]
+            for form in FORMS
+        },
+        path,
+    )
+
+
+def draw_panels(found: Mapping[Form, Sequence[tuple[str, dict[int, float]]]], path: Path) -> None:
+    """A panel for every measure, and a line for each of its labels.
+
+    Args:
+        found: labels and numbers by length.
+    """
+    figure, panels = new_panels(len(found), columns=2)
+    lengths = sorted({length for lines in found.values() for _, numbers in lines for length in numbers})
+    for (form, labelled), axes in zip(found.items(), panels, strict=True):
+        for number, (label, numbers) in enumerate(labelled):
+            style = ("-", "--", ":", "-.")[number // _COLOURS % 4]
+            axes.plot(list(numbers), list(numbers.values()), style, marker="o", label=label)
+        axes.set(xlabel="passage, tokens", ylabel=form.title)
+        set_length_ticks(axes, lengths)
+        if labelled:
+            axes.legend(fontsize="x-small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    save_figure(figure, path)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None, program: str | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of any causal language model")
     parser.add_argument("--plain-model", help="folder or Hub id of another model of the same tokenizer, to compare with")
-    parser.add_argument("--books", "--data", required=True, help="folder of .txt books that the models were not trained on")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
-    parser.add_argument("--passages", type=int, default=8, help="passages, evenly over the books")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a passage")
+    add_book_options(parser)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file for the results; FILE.pieces beside it until they are whole"
+    )
+    parser.add_argument("--plots", type=Path, help="folder for the plot by length, fidelity.png")
+    parser.add_argument("--passages", type=positive, default=8, help="passages of every length, evenly over the books")
+    parser.add_argument("--lengths", "--length", type=positive, nargs="+", default=[2048], help="tokens of a passage")
     parser.add_argument("--distances", type=int, nargs="+", default=list(DISTANCES), help="of ETMF, tokens")
     parser.add_argument("--gaps", type=int, nargs="+", default=list(GAPS), help="of ECLMF, layers")
     add_model_options(parser)
     return parser.parse_args(arguments)
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """As results have them.
+
+    Raises:
+        ValueError: distances that no passage has, or gaps that no model has.
+    """
+    lengths = sorted(set(options.lengths))
+    if min(options.gaps) < 1 or min(options.distances) < 0 or max(options.distances) >= lengths[0]:
+        raise ValueError("gaps are at least 1, and distances at least 0 and less than the length of a passage")
+    settings = {"passages": options.passages, "length": lengths[-1], "distances": options.distances, "gaps": options.gaps}
+    return {**settings, "lengths": lengths} if len(lengths) > 1 else settings  # files of one length go on as they are
+
+
+def model_cell(name: str, model: PreTrainedModel, model_type: str, tokens: np.ndarray, results: dict[str, Any]) -> Cell:
+    """How a model is measured: a length at a time."""
+    settings = results["settings"]
+    lengths = settings.get("lengths", [settings["length"]])
+    kind = {
+        **describe_checkpoint(model_type, model),
+        "layers": model.config.get_text_config().num_hidden_layers,
+    }
+
+    def measured(numbers: range) -> list[dict[str, Any]]:
+        passages = (spread_passages(tokens, settings["passages"], lengths[number]) for number in numbers)
+        return [measure(model, one, settings["distances"], settings["gaps"]) for one in passages]
+
+    def enter(found: list[dict[str, Any]]) -> None:
+        shorter = {str(length): one for length, one in zip(lengths[:-1], found[:-1], strict=True)}
+        results["models"][name] = {**kind, **found[-1], **({"shorter": shorter} if shorter else {})}
+
+    about = {"settings": settings, "description": results["description"], "model": kind}
+    return Cell((name,), len(lengths), 1, measured, enter, about)
+
+
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
     options = parse_arguments(arguments, program)
-    if min(options.gaps) < 1 or min(options.distances) < 0 or max(options.distances) >= options.length:
-        raise ValueError("gaps are at least 1, and distances at least 0 and less than the length of a passage")
-    device = open_device(options)
+    settings = settings_of(options)
+    check_outputs(options.output, options.plots)
     given = {"model": options.model, "plain": options.plain_model}
     checkpoints = {name: open_checkpoint(model, options) for name, model in given.items() if model}
     for checkpoint in checkpoints.values():
-        check_positions(checkpoint, options.length, "--length")
+        check_positions(checkpoint, settings["length"], "--lengths")
     tokenizer = open_tokenizer(checkpoints["model"], options)
     for checkpoint in checkpoints.values():
         check_tokenizer(checkpoint, tokenizer)
-    paths = list_books(options.books)
-    tokens = encode_books(paths, tokenizer, seed=None)
-    passages = spread_passages(tokens, options.passages, options.length)
-    names = ("passages", "length", "distances", "gaps")
-    header = {
-        "settings": {name: getattr(options, name) for name in names},
-        "description": {"books": [path.name for path in paths], "tokens": len(tokens)},
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    results = start_or_continue(options.output, header, {"environment": environment(device), "models": {}})
-    for name, checkpoint in tqdm(checkpoints.items(), desc="models"):
-        model = load_model(checkpoint, device, options.dtype)
-        kind = _described(checkpoint, model)
-        before = results["models"].get(name)
-        if before is None:
-            results["models"][name] = {**kind, **measure(model, passages, options.distances, options.gaps)}
-            write_results(options.output, results)
-        elif {key: before.get(key) for key in kind} != kind:
-            raise ValueError(f"{options.output} holds results of another {name}: name another output, or remove it")
+    with launched(options) as (processes, device):
+        books = open_books(options, tokenizer)
+        tokens = books.joined(int(tokenizer.eos_token_id))
+        spread_passages(tokens, 1, settings["length"])
+        header = {"settings": settings, "description": {**books.description(), "tokens": len(tokens)}}
+        results = start_or_continue(options.output, header, {"environment": environment(device), "models": {}})
+        models = {name: load_model(checkpoint, device, options.dtype) for name, checkpoint in checkpoints.items()}
+        cells = [
+            model_cell(name, model, checkpoints[name].config.model_type, tokens, results) for name, model in models.items()
+        ]
+        left = [cell for cell in cells if not _is_there(cell, results, options.output)]
+        measure_cells(left, options.output, lambda: write_results(options.output, results), processes)
+    if processes.rank > 0:
+        return
     print(markdown_tables(results))
+    if options.plots:
+        draw_plot(results, options.plots / "fidelity.png")
 
 
-def _described(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
-    description = describe_checkpoint(checkpoint.config.model_type, model)
-    return {**description, "layers": model.config.get_text_config().num_hidden_layers}
+def _is_there(cell: Cell, results: dict[str, Any], output: Path) -> bool:
+    """Raises a ValueError if a model of its name is, and is another."""
+    (name,), kind = cell.key, cell.about["model"]
+    before = results["models"].get(name)
+    if before is not None and {key: before.get(key) for key in kind} != kind:
+        raise ValueError(f"{output} holds results of another {name}: name another output, or remove it")
+    return before is not None
 
 
 if __name__ == "__main__":

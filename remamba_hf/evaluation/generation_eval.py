@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from remamba_hf.training.book_tokens import write_json
 
-from .answers_file import AnswersFile, Record, check_same_settings, merge, read_answers
+from .answers_file import AnswersFile, Record, merge, read_answers
 from .causal_models import Checkpoint, load_causal_model
 from .checkpoints import default_chunk_length, environment
 from .prompt_reader import Prompt, Reader, encode_samples, plan_batches
-from .reporting import utc_now
+from .reporting import check_same_settings, read_existing, utc_now
 from .tasks import Answered, Sample, Task
 
 MAX_LENGTH = 5500  # tokens of a prompt; the ReMamba paper's (arXiv 2408.15496, section 4)
@@ -207,12 +207,9 @@ def evaluate(
 
 def _finished(output: Path, header: Mapping[str, Any]) -> dict[str, Any] | None:
     """The results, if they are there."""
-    if not output.exists():
+    results = read_existing(output)
+    if results is None:
         return None
-    try:
-        results = json.loads(output.read_text())
-    except ValueError as error:
-        raise ValueError(f"{output} holds no results ({error}): name another --output, or remove it") from error
     check_same_settings(output, results.get("settings") if isinstance(results, dict) else None, header)
     return {**results, "was_finished": True}
 

@@ -14,7 +14,6 @@ Prompts are whole. That repository cuts a document that is too long at its end (
 model reads tokens and then to fewer and fewer; here whoever asks the model cuts the prompt, and says how.
 """
 
-import json
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from .reporting import table_head, table_row
-from .tasks import Answered, Sample
+from .tasks import Answered, Sample, json_lines
 
 HUB_REPOSITORY, HUB_FOLDER = "L4NLP/LEval", "LEval/Exam"
 MAX_NEW_TOKENS = 512  # of every task; nothing but the end of text stops an answer
@@ -159,19 +158,10 @@ def _hub_files(tasks: Sequence[str]) -> dict[str, Path]:
 
 
 def _documents(path: Path) -> Iterator[_Document]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _document(f"{path}, line {number}", number, line)
+    return (_document(*line) for line in json_lines(path))
 
 
-def _document(place: str, number: int, line: bytes) -> _Document:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:  # neither JSON nor UTF-8
-        raise ValueError(f"{place} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{place} is no JSON object")
+def _document(number: int, place: str, fields: Mapping[str, Any]) -> _Document:
     if not isinstance(fields.get("input"), str):
         raise ValueError(f'{place} has no text "input"')
     for name in ("instructions", "outputs"):

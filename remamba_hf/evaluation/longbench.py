@@ -6,9 +6,8 @@ their spaces included, so that scores compare; means of length buckets and their
 mean of a task is that over its buckets, as in ReMamba's published results (arXiv 2408.15496).
 """
 
-import json
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 
 from .longbench_scores import PARAGRAPH, score_answer
 from .reporting import table_head, table_row
-from .tasks import Answered, Sample
+from .tasks import Answered, Sample, json_lines
 
 HUB_REPOSITORY, HUB_FILE = "THUDM/LongBench", "data.zip"
 
@@ -115,7 +114,25 @@ class LongBench:
             OSError: files that are not there, or that the Hub does not give; names them.
         """
         files = _files(_hub_file() if data is None else Path(data), self.tasks)
-        return [sample for task in self.tasks for sample in _samples(task, files[task])]
+        return [_sample(task, *line) for task in self.tasks for line in json_lines(files[task])]
+
+    def predictions(self, folder: Path) -> list[tuple[Sample, str]]:
+        """Answers that are there already, each behind a sample to score it by, without a prompt; task by task, in the
+        files' order.
+
+        Args:
+            folder: with `TASK_e.jsonl` or `TASK.jsonl` for every task, as LongBench's `pred.py` writes them: lines with
+                `pred`, `answers`, `length` and, for trec, `all_classes`.
+
+        Raises:
+            ValueError: a line that is not what it should be; names file, line and what is wrong.
+            FileNotFoundError: files that are not there; names them.
+        """
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}: give one with a file of predictions for every task")
+        advice = "give a folder with a file of predictions for every task, or choose with --tasks"
+        files = _files_of_tasks(folder, self.tasks, advice)
+        return [_prediction(task, *line) for task in self.tasks for line in json_lines(files[task])]
 
     def score(self, sample: Sample, answer: str) -> dict[str, float]:
         """`score`: F1 of words, ROUGE-L, likeness of code or share of right answers, as the task has it; 0 to 100."""
@@ -158,36 +175,24 @@ def _files(data: Path, tasks: Sequence[str]) -> dict[str, Path | zipfile.Path]:
         if not zipfile.is_zipfile(data):
             raise ValueError(f"{data} is neither a folder nor a zip file: give a folder that has the benchmark's files")
         folder = zipfile.Path(data, "data/")
+    advice = f"put it there from {HUB_FILE} of the Hub's {HUB_REPOSITORY}, or choose other tasks"
+    return _files_of_tasks(folder, tasks, advice)
+
+
+def _files_of_tasks(folder: Path | zipfile.Path, tasks: Sequence[str], advice: str) -> dict[str, Path | zipfile.Path]:
     files = {task: [folder / f"{task}_e.jsonl", folder / f"{task}.jsonl"] for task in tasks}
     found = {task: [path for path in paths if path.is_file()] for task, paths in files.items()}
     missing = [str(files[task][0]) for task, paths in found.items() if not paths]
     if missing:
-        raise FileNotFoundError(
-            f"no file {', '.join(missing)}, nor one without _e: put it there from {HUB_FILE} of the Hub's {HUB_REPOSITORY}, "
-            "or choose other tasks"
-        )
+        raise FileNotFoundError(f"no file {', '.join(missing)}, nor one without _e: {advice}")
     return {task: paths[0] for task, paths in found.items()}
 
 
-def _samples(task: str, path: Path | zipfile.Path) -> Iterator[Sample]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _sample(task, number, _fields(task, f"{path}, line {number}", line))
-
-
-def _fields(task: str, place: str, line: bytes) -> dict[str, Any]:
-    """What a line says; raises ValueError where that is not an item of the task."""
-    try:
-        fields = json.loads(line)
-    except ValueError as error:  # neither JSON nor UTF-8
-        raise ValueError(f"{place} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{place} is no JSON object")
+def _check_fields(task: str, place: str, fields: Mapping[str, Any], texts: Sequence[str]) -> None:
+    """Raises a ValueError unless a line has some texts and what scoring needs."""
     length = fields.get("length")
     needed = {
-        'text "context"': isinstance(fields.get("context"), str),
-        'text "input"': isinstance(fields.get("input"), str),
+        **{f'text "{name}"': isinstance(fields.get(name), str) for name in texts},
         'list "answers" of texts': _are_texts(fields.get("answers")),
         'number of words "length"': isinstance(length, int) and not isinstance(length, bool) and length >= 0,
         'list "all_classes" of texts': task != "trec" or _are_texts(fields.get("all_classes")),
@@ -200,20 +205,29 @@ def _fields(task: str, place: str, line: bytes) -> dict[str, Any]:
             raise ValueError(f'{place}, "answers": "{answer}" is not like "Paragraph 7"')
         if task == "trec" and answer not in fields["all_classes"]:
             raise ValueError(f'{place}, "answers": "{answer}" is not one of "all_classes"')
-    return fields
 
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) for text in value)
 
 
-def _sample(task: str, number: int, fields: Mapping[str, Any]) -> Sample:
+def _sample(task: str, number: int, place: str, fields: Mapping[str, Any]) -> Sample:
+    _check_fields(task, place, fields, ("context", "input"))
+    return _with_prompt(task, number, fields, PROMPTS[task].format(context=fields["context"], input=fields["input"]))
+
+
+def _prediction(task: str, number: int, place: str, fields: Mapping[str, Any]) -> tuple[Sample, str]:
+    _check_fields(task, place, fields, ("pred",))
+    return _with_prompt(task, number, fields, ""), fields["pred"]
+
+
+def _with_prompt(task: str, number: int, fields: Mapping[str, Any], prompt: str) -> Sample:
     details = {"task": task, "length": fields["length"]}
     if task == "trec":
         details["classes"] = fields["all_classes"]
     return Sample(
         identity=f"{task}/{number}",
-        prompt=PROMPTS[task].format(context=fields["context"], input=fields["input"]),
+        prompt=prompt,
         max_new_tokens=MAX_NEW_TOKENS[task],
         references=tuple(fields["answers"]),
         stop=STOPS.get(task, ()),

@@ -5,7 +5,6 @@ A file has texts of one length, such as `200_lines.jsonl`, and is a task. Prompt
 roles around them. As in `longeval/utils.py` of that repository, an answer's last number counts.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from .reporting import table_head, table_row
-from .tasks import Answered, Sample
+from .tasks import Answered, Sample, json_lines
 
 MAX_NEW_TOKENS = 100
 
@@ -93,22 +92,11 @@ def _size_and_name(file: Path) -> tuple[int, str]:
 
 
 def _samples(file: Path) -> Iterator[Sample]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _sample(file, number, line)
-
-
-def _sample(file: Path, number: int, line: bytes) -> Sample:
-    place = f"{file}, line {number}"
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place} is not JSON: {error}") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str) or not fields["prompt"]:
-        raise ValueError(f'{place} has no text "prompt": it is no item of LongEval\'s line retrieval')
-    expected = fields.get("expected_number")
-    if not isinstance(expected, int) or isinstance(expected, bool):
-        raise ValueError(f'{place} has no number "expected_number": it is no item of LongEval\'s line retrieval')
-    identity, details = f"{file.stem}/{number}", {"task": file.stem}
-    return Sample(identity, fields["prompt"], MAX_NEW_TOKENS, references=(str(expected),), details=details)
+    for number, place, fields in json_lines(file):
+        if not isinstance(fields.get("prompt"), str) or not fields["prompt"]:
+            raise ValueError(f'{place} has no text "prompt": it is no item of LongEval\'s line retrieval')
+        expected = fields.get("expected_number")
+        if not isinstance(expected, int) or isinstance(expected, bool):
+            raise ValueError(f'{place} has no number "expected_number": it is no item of LongEval\'s line retrieval')
+        identity, details = f"{file.stem}/{number}", {"task": file.stem}
+        yield Sample(identity, fields["prompt"], MAX_NEW_TOKENS, references=(str(expected),), details=details)

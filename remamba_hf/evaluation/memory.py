@@ -6,7 +6,8 @@
 MODEL is a MemMamba, or several, such as one of every seed; any other checkpoint of this package can stand in either place, a
 plain Mamba, or any causal language model as a baseline, if they are of one tokenizer. Models that compress prompts are read
 without compression; models of other packages read whole prompts, which takes longer and more memory, with the same results.
-BOOKS should not be books that the models were trained on. After arXiv 2510.03279, section 4, there are four parts:
+BOOKS is a folder of .txt books, or a dataset such as deepmind/pg19, and should not be books that the models were trained on.
+After arXiv 2510.03279, section 4, there are four parts:
 
     passkey     a sentence in a book gives a person a number, which is asked for behind 1k to 400k tokens, or a million. With
                 `--keys M`, M people have numbers in one text, and each is asked for in a question of its own, put to a copy
@@ -20,24 +21,26 @@ BOOKS should not be books that the models were trained on. After arXiv 2510.0327
                 tokens are scored, and only the context differs; books shorter than the longest are left out.
     decode      bytes of the state, and seconds per token, after 1k and after 64k tokens
 
-The output file is written after every cell, and a run that was cut off goes on from it.
+The output file is written after every cell, and a run that was cut off goes on behind the last batch that was read. Several
+GPUs: accelerate launch --multi_gpu -m remamba_hf.cli eval TASK ..., whose processes take batches by turns: less
+--batch-tokens makes more of them.
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remamba_hf.command_options import positive
-from remamba_hf.training.book_tokens import encode_text, list_books, read_book
 from remamba_hf.training.recall_data import RecallSampler
 
+from .books import Books, add_book_options, open_books
 from .causal_models import Checkpoint
 from .checkpoints import (
     add_model_options,
@@ -48,11 +51,11 @@ from .checkpoints import (
     environment,
     load_model,
     open_checkpoint,
-    open_device,
     open_tokenizer,
     reading_family,
     reads_in_chunks,
 )
+from .generation_eval import Processes
 from .memory_report import COLUMNS, draw_plots, markdown_tables
 from .memory_tasks import (
     DECODED,
@@ -67,6 +70,7 @@ from .memory_tasks import (
     window_losses,
 )
 from .reporting import start_or_continue, write_results
+from .shared_cells import Cell, check_outputs, launched, measure_cells
 from .timing import FEWEST_NEW_TOKENS
 
 PARTS = tuple(COLUMNS)
@@ -119,12 +123,21 @@ class MemorySettings:
         return values
 
 
+class Work(NamedTuple):
+    """How a cell is measured: see `Cell`, whose `enter` gets what `finish` makes of the values."""
+
+    total: int
+    at_once: int
+    measure: Callable[[range], list[Any]]
+    finish: Callable[[list[Any]], dict[str, Any]]
+
+
 class MemoryEvaluation:
     """The parts of an evaluation on some books, for any model.
 
     Args:
         tokenizer: of all models.
-        books: token ids of each book, `uint16[tokens]`.
+        books: token ids of each book, as `encode_text` gives them.
         settings: what to measure.
         batch_tokens: tokens read at once, rows times chunk; changes no result but by rounding.
         chunk_length: tokens of a row read at once, likewise.
@@ -152,8 +165,8 @@ class MemoryEvaluation:
     def check(self, parts: Sequence[str]) -> None:
         """Raises a ValueError, before any work, on texts that cannot be made of these books."""
         settings = self.settings
-        if settings.samples < 1 or settings.keys < 1 or settings.windows < (settings.stride is None):
-            raise ValueError("samples, keys and windows are counts: give at least 1 of each")
+        if min(settings.samples, settings.keys, settings.digits) < 1 or settings.windows < (settings.stride is None):
+            raise ValueError("samples, keys, digits and windows are counts: give at least 1 of each")
         if min(settings.lengths + settings.perplexity_lengths + settings.decode_lengths) < 1:
             raise ValueError("lengths are numbers of tokens: give at least 1")
         if "passkey" in parts:
@@ -180,15 +193,15 @@ class MemoryEvaluation:
         """The lengths, or numbers of documents, that a part has cells for."""
         return getattr(self.settings, COLUMNS[part][1])
 
-    def cell(self, part: str, model: PreTrainedModel, column: int) -> dict[str, Any]:
-        """Measures one cell of a part."""
-        cells: dict[str, Callable[[PreTrainedModel, int], dict[str, Any]]] = {
+    def work(self, part: str, model: PreTrainedModel, column: int) -> Work:
+        """How one cell of a part is measured."""
+        parts: dict[str, Callable[[PreTrainedModel, int], Work]] = {
             "passkey": self._passkey,
             "documents": self._documents,
             "perplexity": self._perplexity,
-            "decode": lambda model, length: decoding_cost(model, self.tokens, length, self.chunk_length),
+            "decode": self._decode,
         }
-        return cells[part](model, column)
+        return parts[part](model, column)
 
     def _ends(self, book_length: int) -> list[int]:
         longest, settings = max(self.settings.perplexity_lengths), self.settings
@@ -207,33 +220,54 @@ class MemoryEvaluation:
         chunk_length = self.chunk_length if model is None or reads_in_chunks(model) else length
         return rows_at_once(length, chunk_length, self.batch_tokens)
 
-    def _passkey(self, model: PreTrainedModel, length: int) -> dict[str, Any]:
-        settings, sampler = self.settings, self._sampler(length)
+    def _passkey(self, model: PreTrainedModel, length: int) -> Work:
+        settings = self.settings
+        sampler = functools.cache(lambda: self._sampler(length))
 
         def text(number: int) -> Any:
             depths = spread_depths(number, settings.samples, settings.keys)
-            return sampler.text((length, number), length, settings.keys, settings.distractors, depths)
+            return sampler().text((length, number), length, settings.keys, settings.distractors, depths)
 
-        cell = self._recall(model, text, self._rows(model, length))
-        return cell if sampler is self.sampler else {**cell, "books_repeated": round(length / len(self.tokens), 2)}
+        times = round(length / len(self.tokens), 2)
+        repeats = {"books_repeated": times} if length > len(self.tokens) else {}
+        return self._recall(model, text, self._rows(model, length), repeats)
 
-    def _documents(self, model: PreTrainedModel, noise: int) -> dict[str, Any]:
+    def _documents(self, model: PreTrainedModel, noise: int) -> Work:
         settings = self.settings
 
         def text(number: int) -> Any:
             depth = (number + 0.5) / settings.samples
             return self.sampler.documents((noise, number), noise, settings.distractors, depth, settings.document_length)
 
-        return self._recall(model, text, self._rows(model, (noise + 1) * settings.document_length))
+        return self._recall(model, text, self._rows(model, (noise + 1) * settings.document_length), {})
 
-    def _recall(self, model: PreTrainedModel, text: Callable[[int], Any], rows: int) -> dict[str, Any]:
-        records = recall_records(model, self.tokenizer, text, self.settings.samples, rows, self.chunk_length)
-        return {**summarize_records(records), "records": records}
+    def _recall(self, model: PreTrainedModel, text: Callable[[int], Any], rows: int, about: dict[str, Any]) -> Work:
+        def measure(numbers: range) -> list[dict[str, Any]]:
+            return recall_records(model, self.tokenizer, text, numbers, self.chunk_length)
 
-    def _perplexity(self, model: PreTrainedModel, length: int) -> dict[str, Any]:
-        counted, rows = self.settings.counted, self._rows(model, length)
-        losses = window_losses(model, self.long_books, self.ends, length, counted, rows, self.chunk_length)
-        return summarize_losses(losses)
+        def finish(records: list[dict[str, Any]]) -> dict[str, Any]:
+            return {**summarize_records(records), "records": records, **about}
+
+        return Work(self.settings.samples, rows, measure, finish)
+
+    def _perplexity(self, model: PreTrainedModel, length: int) -> Work:
+        windows = [(book, end) for book, ends in zip(self.long_books, self.ends, strict=True) for end in ends]
+
+        def measure(numbers: range) -> list[float]:
+            read = [windows[number] for number in numbers]
+            return window_losses(model, read, length, self.settings.counted, self.chunk_length)
+
+        def finish(losses: list[float]) -> dict[str, Any]:
+            taken = iter(losses)
+            return summarize_losses([[next(taken) for _ in ends] for ends in self.ends])
+
+        return Work(len(windows), self._rows(model, length), measure, finish)
+
+    def _decode(self, model: PreTrainedModel, length: int) -> Work:
+        def measure(numbers: range) -> list[dict[str, Any]]:
+            return [decoding_cost(model, self.tokens, length, self.chunk_length)]
+
+        return Work(1, 1, measure, lambda costs: costs[0])
 
 
 def spread_depths(number: int, samples: int, keys: int) -> list[float]:
@@ -249,6 +283,7 @@ def evaluate(
     output: Path,
     description: dict[str, Any],
     device: str | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Fills all cells of some parts, those already in `output` excepted.
 
@@ -260,9 +295,10 @@ def evaluate(
         description: goes into the file as it is, and must be the same when a run goes on; `models` in it has a `label` for
             each.
         device: of the models, to be named in the file.
+        processes: those that share out the work.
 
     Returns:
-        The content of the file.
+        The content of the file; in processes but the first, what it was before.
 
     Raises:
         ValueError: texts that cannot be made, or `output` holds results of other settings or models.
@@ -271,37 +307,48 @@ def evaluate(
     header = {"settings": evaluation.settings.written(), "description": description}
     rest = {"environment": environment(device), **{part: [] for part in PARTS}}
     results = start_or_continue(output, header, rest)
-    cells = [(part, name, column) for part in parts for column in evaluation.columns(part) for name in models]
-    for part, name, column in tqdm(cells, desc="cells"):
-        key = COLUMNS[part][0]
-        if not any((cell["model"], cell[key]) == (name, column) for cell in results[part]):
-            results[part].append({"model": name, key: column, **_cell(evaluation, part, models[name], column)})
-            write_results(output, results)
+    cells = [
+        _cell(evaluation, part, name, models[name], column, results)
+        for part in parts
+        for column in evaluation.columns(part)
+        for name in models
+        if not any((cell["model"], cell[COLUMNS[part][0]]) == (name, column) for cell in results[part])
+    ]
+    measure_cells(cells, output, lambda: write_results(output, results), processes)
     return results
 
 
-def _cell(evaluation: MemoryEvaluation, part: str, model: PreTrainedModel, column: int) -> dict[str, Any]:
-    try:
-        return evaluation.cell(part, model, column)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{part} at {column} does not fit into the GPU's memory: give less --batch-tokens, a shorter --chunk-length, or "
-            "shorter texts. What is finished is kept."
-        ) from error
+def _cell(
+    evaluation: MemoryEvaluation, part: str, name: str, model: PreTrainedModel, column: int, results: dict[str, Any]
+) -> Cell:
+    work = evaluation.work(part, model, column)
+
+    def measure(numbers: range) -> list[Any]:
+        try:
+            return work.measure(numbers)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{part} at {column} does not fit into the GPU's memory: give less --batch-tokens, a shorter "
+                "--chunk-length, or shorter texts. What is finished is kept."
+            ) from error
+
+    def enter(values: list[Any]) -> None:
+        results[part].append({"model": name, COLUMNS[part][0]: column, **work.finish(values)})
+
+    about = {key: results[key] for key in ("settings", "description")}
+    return Cell((part, name, column), work.total, work.at_once, measure, enter, about, alone=part == "decode")
 
 
-def describe_model(name: str, model_type: str, model: PreTrainedModel) -> dict[str, Any]:
+def describe_model(model_type: str, model: PreTrainedModel) -> dict[str, Any]:
     """What names a model in the results, and lets a run know it again.
 
     Args:
-        name: of `names_of`.
         model_type: of its checkpoint.
     """
     description = describe_checkpoint(model_type, model)
     family = reading_family(model_type)
     if family is not None and family.compresses and family.model_type == model_type:
         description["label"] += ", compression off"
-    description["label"] += name.removeprefix("model").removeprefix("plain").replace("_", " ")
     return description
 
 
@@ -331,18 +378,6 @@ def check_room(checkpoint: Checkpoint, settings: MemorySettings, parts: Sequence
         check_positions(checkpoint, tokens, option)
 
 
-def encode_each_book(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-    """Token ids of each book, one array each.
-
-    Raises:
-        ValueError: a tokenizer whose ids do not fit.
-    """
-    most = np.iinfo(encode_text("", tokenizer).dtype).max + 1
-    if len(tokenizer) > most:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, and books are held with ids of at most {most}")
-    return [encode_text(read_book(path), tokenizer) for path in tqdm(paths, desc="encoding books", unit="book")]
-
-
 def parse_arguments(
     arguments: Sequence[str] | None = None, program: str | None = None, parts: Sequence[str] | None = None
 ) -> argparse.Namespace:
@@ -350,8 +385,10 @@ def parse_arguments(
     parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", required=True, help="folders or Hub ids of causal language models")
     parser.add_argument("--plain-model", help="folder or Hub id of a plain model of the same tokenizer, to compare with")
-    parser.add_argument("--books", "--data", required=True, help="folder of .txt books that the models were not trained on")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
+    add_book_options(parser)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file for the results; FILE.pieces beside it until they are whole"
+    )
     parser.add_argument("--plots", type=Path, help="folder for the plots")
     if parts is None:
         parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
@@ -419,8 +456,8 @@ def settings_of(options: argparse.Namespace) -> MemorySettings:
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None, parts: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments, program, parts)
-    settings, device = settings_of(options), open_device(options)
-    paths = list_books(options.books)
+    settings = settings_of(options)
+    check_outputs(options.output, options.plots)
     checkpoints = {
         name: open_checkpoint(model, options) for name, model in names_of(options.model, options.plain_model).items()
     }
@@ -429,22 +466,37 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None, par
     tokenizer = open_tokenizer(checkpoints["model"], options)
     for checkpoint in checkpoints.values():
         check_tokenizer(checkpoint, tokenizer)
-    models = load_models(checkpoints, device, options.dtype)
-    books = encode_each_book(paths, tokenizer)
-    chunk_length = options.chunk_length or default_chunk_length(device)
-    evaluation = MemoryEvaluation(tokenizer, books, settings, options.batch_tokens, chunk_length)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    description = {
-        "models": {name: describe_model(name, checkpoints[name].config.model_type, model) for name, model in models.items()},
-        "books": [path.name for path in paths],
-        "tokens": len(evaluation.tokens),
-        "perplexity_books": [paths[number].name for number in evaluation.long_enough],
-    }
-    results = evaluate(evaluation, models, options.parts, options.output, description, device)
+    with launched(options) as (processes, device):
+        books = open_books(options, tokenizer)
+        chunk_length = options.chunk_length or default_chunk_length(device)
+        evaluation = MemoryEvaluation(tokenizer, books.ids, settings, options.batch_tokens, chunk_length)
+        models = load_models(checkpoints, device, options.dtype)
+        description = describe(checkpoints, models, books, evaluation)
+        results = evaluate(evaluation, models, options.parts, options.output, description, device, processes)
+    if processes.rank > 0:
+        return
     print(markdown_tables(results))
     if options.plots:
-        options.plots.mkdir(parents=True, exist_ok=True)
         draw_plots(results, options.plots)
+
+
+def describe(
+    checkpoints: dict[str, Checkpoint], models: dict[str, PreTrainedModel], books: Books, evaluation: MemoryEvaluation
+) -> dict[str, Any]:
+    """What a run is about, and is known by when it goes on. Models of one kind are told apart by their folders' names."""
+    described = {name: describe_model(checkpoints[name].config.model_type, model) for name, model in models.items()}
+    labels = [one["label"] for one in described.values()]
+    folders = [checkpoint.name for checkpoint in checkpoints.values()]
+    for name, one in described.items():
+        if labels.count(one["label"]) > 1:
+            folder = checkpoints[name].name
+            one["label"] += f" ({folder if folders.count(folder) == 1 else f'{folder}, {name}'})"
+    return {
+        "models": described,
+        **books.description(),
+        "tokens": len(evaluation.tokens),
+        "perplexity_books": [books.names[number] for number in evaluation.long_enough],
+    }
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remamba_hf.reading import prefill_bar
@@ -137,25 +136,18 @@ def recall_records(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     make_text: Callable[[int], RecallText],
-    samples: int,
-    rows: int,
+    numbers: Sequence[int],
     chunk_length: int,
 ) -> list[dict[str, Any]]:
-    """Makes and asks texts 0 to `samples` - 1, `rows` at once.
+    """Makes the texts of these numbers and asks them together.
 
     Returns:
         One record per question: `sample`, `depth` (0 to 1), `right`, `number`, `answer`, and `other`: the answer is the
         number of somebody else in the text.
     """
-    records: list[dict[str, Any]] = []
-    with tqdm(total=samples, desc="texts", leave=False) as progress:
-        for first in range(0, samples, rows):
-            numbers = range(first, min(first + rows, samples))
-            texts = [make_text(number) for number in numbers]
-            for number, text, answers in zip(numbers, texts, ask(model, tokenizer, texts, chunk_length), strict=True):
-                records += _records(number, text, answers)
-            progress.update(len(texts))
-    return records
+    texts = [make_text(number) for number in numbers]
+    answers = ask(model, tokenizer, texts, chunk_length)
+    return [record for place in zip(numbers, texts, answers, strict=True) for record in _records(*place)]
 
 
 def number_of(answer: str) -> str:
@@ -228,34 +220,23 @@ def last_logits(model: PreTrainedModel, ids: torch.Tensor, count: int, chunk_len
 
 
 def window_losses(
-    model: PreTrainedModel,
-    books: Sequence[np.ndarray],
-    ends: Sequence[Sequence[int]],
-    length: int,
-    counted: int,
-    rows: int,
-    chunk_length: int,
-) -> list[list[float]]:
-    """Mean cross-entropy of the last `counted` tokens of windows of `length` tokens (arXiv 2510.03279, section 4).
+    model: PreTrainedModel, windows: Sequence[tuple[np.ndarray, int]], length: int, counted: int, chunk_length: int
+) -> list[float]:
+    """Mean cross-entropy of the last `counted` tokens of windows of `length` tokens (arXiv 2510.03279, section 4), which are
+    read together.
 
     Args:
-        books: token ids of each.
-        ends: where the windows of each end.
-        rows, chunk_length: what is read at once.
+        windows: of each the token ids of its book, and where it ends.
+        chunk_length: see `last_logits`.
 
     Returns:
-        Nats per token, by book and window.
+        Nats per token, by window.
     """
-    windows = [(book, end) for number, book in enumerate(books) for end in ends[number]]
-    losses: list[float] = []
-    for first in tqdm(range(0, len(windows), rows), desc="windows", leave=False):
-        pieces = [np.asarray(book[end - length : end], dtype=np.int64) for book, end in windows[first : first + rows]]
-        ids = torch.from_numpy(np.stack(pieces)).to(model.device)
-        logits = last_logits(model, ids, counted + 1, chunk_length)
-        loss = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, -counted:], reduction="none")
-        losses += loss.mean(1).tolist()
-    taken = iter(losses)
-    return [[next(taken) for _ in book_ends] for book_ends in ends]
+    pieces = [np.asarray(book[end - length : end], dtype=np.int64) for book, end in windows]
+    ids = torch.from_numpy(np.stack(pieces)).to(model.device)
+    logits = last_logits(model, ids, counted + 1, chunk_length)
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, -counted:], reduction="none")
+    return losses.mean(1).tolist()
 
 
 def summarize_losses(losses: Sequence[Sequence[float]]) -> dict[str, Any]:

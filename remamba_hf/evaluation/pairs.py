@@ -5,7 +5,6 @@ A file of JSON lines with `prompt` and `response` is a task. Prompts are given a
 marked by ROUGE-L (as LongBench takes it for QMSum) and by whether it is the response to the letter.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +12,7 @@ from typing import Any
 
 from .longbench_scores import rouge_l
 from .reporting import table_head, table_row
-from .tasks import Answered, Sample
+from .tasks import Answered, Sample, json_lines
 
 MAX_NEW_TOKENS = 128
 MARKS = {"rouge_l": "ROUGE-L", "exact_match": "exact match, %"}
@@ -81,17 +80,9 @@ def _table(mark: str, tasks: Sequence[str], summaries: Mapping[str, Mapping[str,
 
 
 def _samples(file: Path) -> Iterator[Sample]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{file}, line {number}"
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{place} is not JSON: {error}") from error
-            for name in ("prompt", "response"):
-                if not isinstance(fields, dict) or not isinstance(fields.get(name), str) or not fields[name].strip():
-                    raise ValueError(f'{place} has no text "{name}"')
-            reference, details = (fields["response"],), {"task": file.stem}
-            yield Sample(f"{file.stem}/{number}", fields["prompt"], MAX_NEW_TOKENS, references=reference, details=details)
+    for number, place, fields in json_lines(file):
+        for name in ("prompt", "response"):
+            if not isinstance(fields.get(name), str) or not fields[name].strip():
+                raise ValueError(f'{place} has no text "{name}"')
+        reference, details = (fields["response"],), {"task": file.stem}
+        yield Sample(f"{file.stem}/{number}", fields["prompt"], MAX_NEW_TOKENS, references=reference, details=details)

@@ -3,17 +3,22 @@
 
     python -m remamba_hf.evaluation.recall --model MODEL --plain-model PLAIN --books BOOKS --output recall.json
 
-Prompts are those of `remamba_hf.training.recall_data` in the books of a folder, which should not be books that the model
-was trained on; prompts longer than all books together repeat these from the beginning, and their cells have
-`books_repeated`, how often. MODEL is a ReMamba or ReMamba-2, PLAIN any causal language model of its tokenizer; given as
-MODEL, one that compresses nothing is read as it reads. A cell of the results is one way of reading (see `VARIANTS`) at one
-length; the output file is written after every cell, and a run that was cut off goes on from it.
+Prompts are those of `remamba_hf.training.recall_data` in BOOKS, a folder of .txt books or a dataset such as deepmind/pg19,
+which should not be books that the model was trained on; prompts longer than all books together repeat these from the
+beginning, and their cells have `books_repeated`, how often. MODEL is a ReMamba or ReMamba-2, PLAIN any causal language model
+of its tokenizer; given as MODEL, one that compresses nothing is read as it reads. A cell of the results is one way of
+reading (see `VARIANTS`) at one length; the output file is written after every cell, and a run that was cut off goes on
+behind the last batch that was read.
+Several GPUs: accelerate launch --multi_gpu -m remamba_hf.cli eval recall ..., whose processes take batches by turns: less
+--batch-tokens makes more of them.
 """
 
 import argparse
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remamba_hf.command_options import positive
 from remamba_hf.families import FAMILIES
 from remamba_hf.reading import PrefillWatch, prefill_bar, watch_prefill
-from remamba_hf.training.book_tokens import encode_books, list_books
 from remamba_hf.training.recall_data import RecallSample, RecallSampler
 
+from .books import add_book_options, open_books
 from .causal_models import Checkpoint
 from .checkpoints import (
     add_model_options,
@@ -43,11 +47,11 @@ from .checkpoints import (
     label_of,
     loader,
     open_checkpoint,
-    open_device,
     open_tokenizer,
     plain_reading,
     reads_in_chunks,
 )
+from .generation_eval import Processes
 from .memory_tasks import answer_whole, last_logits, number_of, repeated
 from .reporting import (
     accuracy_by_depth,
@@ -66,12 +70,15 @@ from .reporting import (
     wilson_interval,
     write_results,
 )
+from .shared_cells import Cell, check_outputs, launched, measure_cells
+
+Models = dict[str, tuple[Callable[[], PreTrainedModel], bool]]  # by variant: loads the model; whether prompts are compressed
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 VARIANTS = {
     "compressed": "{family}, compression on",
     "uncompressed": "{family}, compression off",
-    "plain": "plain {plain}, same data",
+    "plain": "plain {plain}",
 }
 
 
@@ -143,16 +150,16 @@ def kept_digits(prefill: PrefillWatch, row: int, sample: RecallSample) -> float:
     return sum(first <= position < end for position in prefill.kept(row)[0]) / (end - first)
 
 
-def recall_cell(
+def recall_records(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sampler: RecallSampler,
     length: int,
     compress: bool,
     settings: RecallSettings,
-    batch_tokens: int,
+    numbers: Sequence[int],
 ) -> list[dict[str, Any]]:
-    """Asks for `settings.samples` facts in prompts of `length` tokens.
+    """Asks for the facts of these of `settings.samples` prompts of `length` tokens, together.
 
     Returns:
         One record per prompt: `depth` (0 to 1), `right`, `answer`, `number`; of a model that has one, `inside` (the fact
@@ -160,43 +167,37 @@ def recall_cell(
     """
     has_window = bool(plain_reading(model))
     window = model.backbone.plan_windows([length], [length], None, settings.span, settings.ratio)[0] if has_window else None
-    rows = max(batch_tokens // length, 1)
+    samples = [
+        sampler.sample((length, number), length, settings.distractors, depth=(number + 0.5) / settings.samples)
+        for number in numbers
+    ]
+    answers, kept = answer(model, tokenizer, samples, compress, settings.span, settings.ratio)
     records: list[dict[str, Any]] = []
-    for first in range(0, settings.samples, rows):
-        numbers = range(first, min(first + rows, settings.samples))
-        samples = [
-            sampler.sample((length, number), length, settings.distractors, depth=(number + 0.5) / settings.samples)
-            for number in numbers
-        ]
-        answers, kept = answer(model, tokenizer, samples, compress, settings.span, settings.ratio)
-        for sample, text, share in zip(samples, answers, kept, strict=True):
-            record = {
-                "depth": round(sample.depth, 4),
-                "right": number_of(text) == sample.number,
-                "number": sample.number,
-                "answer": text,
-            }
-            if window is not None:
-                record["inside"] = window.start <= sample.digits[0] and sample.digits[1] <= window.stop
-            records.append(record if share is None else {**record, "kept": share})
+    for sample, text, share in zip(samples, answers, kept, strict=True):
+        record = {
+            "depth": round(sample.depth, 4),
+            "right": number_of(text) == sample.number,
+            "number": sample.number,
+            "answer": text,
+        }
+        if window is not None:
+            record["inside"] = window.start <= sample.digits[0] and sample.digits[1] <= window.stop
+        records.append(record if share is None else {**record, "kept": share})
     return records
 
 
-@torch.no_grad()
-def text_perplexity(
-    model: PreTrainedModel, tokens: np.ndarray, length: int, counted: int, samples: int, seed: int, longest: int
-) -> float:
-    """Perplexity of the last `counted` tokens of texts of `length` tokens, without compression.
+def text_ends(tokens: np.ndarray, samples: int, seed: int, longest: int) -> list[int]:
+    """Where the texts end whose perplexity is taken, for every length up to `longest` at the same places: what differs
+    between lengths is the context alone."""
+    return np.random.default_rng(seed).integers(longest, len(tokens) + 1, size=samples).tolist()
 
-    The texts of every length up to `longest` end at the same places: what differs between lengths is the context alone.
-    """
-    generator = np.random.default_rng(seed)
-    total = 0.0
-    for end in generator.integers(longest, len(tokens) + 1, size=samples).tolist():
-        ids = torch.from_numpy(np.asarray(tokens[end - length : end], dtype=np.int64))[None].to(model.device)
-        logits = last_logits(model, ids, counted + 1, default_chunk_length(str(model.device)))
-        total += F.cross_entropy(logits[0, :-1].float(), ids[0, -counted:]).item()
-    return math.exp(total / samples)
+
+@torch.no_grad()
+def text_loss(model: PreTrainedModel, tokens: np.ndarray, end: int, length: int, counted: int) -> float:
+    """Mean cross-entropy, in nats, of the last `counted` tokens of a text of `length` tokens, without compression."""
+    ids = torch.from_numpy(np.asarray(tokens[end - length : end], dtype=np.int64))[None].to(model.device)
+    logits = last_logits(model, ids, counted + 1, default_chunk_length(str(model.device)))
+    return F.cross_entropy(logits[0, :-1].float(), ids[0, -counted:]).item()
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def evaluate(
-    models: dict[str, tuple[Callable[[], PreTrainedModel], bool]],
+    models: Models,
     tokenizer: PreTrainedTokenizerBase,
     tokens: np.ndarray,
     settings: RecallSettings,
@@ -221,65 +222,94 @@ def evaluate(
     batch_tokens: int,
     description: dict[str, Any] | None = None,
     device: str | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Fills all cells, those already in `output` excepted.
 
     Args:
         models: by variant, how to get the model and whether its prompts are compressed.
         tokenizer: of all models.
-        tokens: ids of the books, `uint16[tokens]`.
+        tokens: ids of the books, as `encode_text` gives them.
         settings: what to ask.
         output: JSON file, rewritten after every cell.
         batch_tokens: prompt tokens read at once.
         description: goes into the file as it is, and must be the same when a run goes on.
         device: of the models, to be named in the file.
+        processes: those that share out the work.
 
     Returns:
-        The content of the file.
+        The content of the file; in processes but the first, what it was before.
 
     Raises:
         ValueError: `output` holds the results of other settings.
     """
     header = {"settings": {**asdict(settings), "lengths": list(settings.lengths)}, "description": description or {}}
     results = start_or_continue(output, header, {"environment": environment(device), "cells": [], "perplexity": []})
-    done = {(cell["variant"], cell["length"]) for cell in results["cells"]}
-    with tqdm(total=len(models) * len(settings.lengths), desc="cells") as progress:
-        for variant, (load, compress) in models.items():
-            for length in settings.lengths:
-                if (variant, length) not in done:
-                    books = repeated(tokens, length)
-                    sampler = RecallSampler(books, tokenizer, settings.seed, settings.digits)
-                    records = recall_cell(load(), tokenizer, sampler, length, compress, settings, batch_tokens)
-                    cell = {"variant": variant, "length": length, **summarize(records), "records": records}
-                    if len(books) > len(tokens):
-                        cell["books_repeated"] = round(length / len(tokens), 2)
-                    results["cells"].append(cell)
-                    write_results(output, results)
-                progress.update()
-    _fill_perplexity(models, tokens, settings, results, output)
+    cells = [
+        *_recall_cells(models, tokenizer, tokens, settings, batch_tokens, results),
+        *_perplexity_cells(models, tokens, settings, results),
+    ]
+    done = {(part, one["variant"], one["length"]) for part in ("cells", "perplexity") for one in results[part]}
+    left = [cell for cell in cells if cell.key not in done]
+    measure_cells(left, output, lambda: write_results(output, results), processes)
     return results
 
 
-def _fill_perplexity(
-    models: dict[str, tuple[Callable[[], PreTrainedModel], bool]],
+def _recall_cells(
+    models: Models,
+    tokenizer: PreTrainedTokenizerBase,
     tokens: np.ndarray,
     settings: RecallSettings,
+    batch_tokens: int,
     results: dict[str, Any],
-    output: Path,
-) -> None:
-    done = {(entry["variant"], entry["length"]) for entry in results["perplexity"]}
+) -> Iterator[Cell]:
+    about = {key: results[key] for key in ("settings", "description")}
+
+    @functools.lru_cache(maxsize=2)
+    def sampler_of(length: int) -> RecallSampler:
+        return RecallSampler(repeated(tokens, length), tokenizer, settings.seed, settings.digits)
+
+    def cell(variant: str, length: int) -> Cell:
+        load, compress = models[variant]
+
+        def measure(numbers: range) -> list[dict[str, Any]]:
+            return recall_records(load(), tokenizer, sampler_of(length), length, compress, settings, numbers)
+
+        def enter(records: list[dict[str, Any]]) -> None:
+            entry = {"variant": variant, "length": length, **summarize(records), "records": records}
+            if length > len(tokens):
+                entry["books_repeated"] = round(length / len(tokens), 2)
+            results["cells"].append(entry)
+
+        rows = max(batch_tokens // length, 1)
+        return Cell(("cells", variant, length), settings.samples, rows, measure, enter, about)
+
+    return (cell(variant, length) for variant in models for length in settings.lengths)
+
+
+def _perplexity_cells(
+    models: Models, tokens: np.ndarray, settings: RecallSettings, results: dict[str, Any]
+) -> Iterator[Cell]:
+    about = {key: results[key] for key in ("settings", "description")}
     lengths = [length for length in settings.lengths if length <= len(tokens)]  # repeated texts have another perplexity
-    for variant, (load, compress) in models.items():
-        for length in lengths if settings.perplexity_tokens and not compress else ():
-            if (variant, length) in done:
-                continue
-            longest = max(lengths)
-            count, samples = min(settings.perplexity_tokens, min(settings.lengths) - 1), min(settings.samples, 16)
-            value = text_perplexity(load(), tokens, length, count, samples, settings.seed, longest)
-            results["perplexity"].append(
-                {"variant": variant, "length": length, "tokens": count, "samples": samples, "perplexity": value}
-            )
-            write_results(output, results)
+    if not settings.perplexity_tokens or not lengths:
+        return
+    counted = min(settings.perplexity_tokens, min(settings.lengths) - 1)
+    ends = text_ends(tokens, min(settings.samples, 16), settings.seed, max(lengths))
+
+    def cell(variant: str, length: int) -> Cell:
+        load, _ = models[variant]
+
+        def measure(numbers: range) -> list[float]:
+            return [text_loss(load(), tokens, ends[number], length, counted) for number in numbers]
+
+        def enter(losses: list[float]) -> None:
+            entry = {"variant": variant, "length": length, "tokens": counted, "samples": len(ends)}
+            results["perplexity"].append({**entry, "perplexity": math.exp(statistics.fmean(losses))})
+
+        return Cell(("perplexity", variant, length), len(ends), 1, measure, enter, about)
+
+    yield from (cell(variant, length) for variant, (_, compress) in models.items() if not compress for length in lengths)
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -315,7 +345,7 @@ def variant_label(results: dict[str, Any], variant: str) -> str:
     description = results.get("description", {})
     family = FAMILIES.get(description.get("family", "remamba"))
     if variant == "plain" and "plain" in description.get("models", {}):
-        return f"{description['models']['plain']['label']}{', same data' if family else ''}"
+        return str(description["models"]["plain"]["label"])
     if family is None:
         return variant
     return VARIANTS.get(variant, variant).format(family=family.name, plain=family.plain_name)
@@ -377,13 +407,15 @@ def parse_arguments(arguments: Sequence[str] | None = None, program: str | None 
     parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--plain-model", help="folder or Hub id of another model of the same tokenizer, to compare with")
-    parser.add_argument("--books", "--data", required=True, help="folder of .txt books that the models were not trained on")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
+    add_book_options(parser)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file for the results; FILE.pieces beside it until they are whole"
+    )
     parser.add_argument("--plots", type=Path, help="folder for the two plots")
     parser.add_argument("--lengths", type=positive, nargs="+", default=list(LENGTHS), help="prompt lengths, tokens")
     parser.add_argument("--samples", type=positive, default=100, help="prompts per length and variant")
     parser.add_argument("--distractors", type=int, default=0, help="facts about other people in every prompt")
-    parser.add_argument("--digits", type=int, default=5, help="length of the numbers")
+    parser.add_argument("--digits", type=positive, default=5, help="length of the numbers")
     parser.add_argument("--seed", type=int, default=RecallSettings.seed)
     parser.add_argument("--span", type=float, help="compression span p (default: the model's)")
     parser.add_argument("--ratio", type=float, help="compression ratio rho (default: the model's)")
@@ -413,7 +445,8 @@ def describe(
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
     options = parse_arguments(arguments, program)
-    checkpoint, device = open_checkpoint(options.model, options), open_device(options)
+    check_outputs(options.output, options.plots)
+    checkpoint = open_checkpoint(options.model, options)
     plain = open_checkpoint(options.plain_model, options) if options.plain_model else None
     if not checkpoint.compresses:
         _check_nothing_to_compress(options, checkpoint)
@@ -432,26 +465,29 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     tokenizer = open_tokenizer(checkpoint, options)
     for each in (checkpoint, plain) if plain else (checkpoint,):
         check_tokenizer(each, tokenizer)
-    paths = list_books(options.books)
-    tokens = encode_books(paths, tokenizer, seed=None)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    cache: dict[str, PreTrainedModel] = {}
-    own = loader(checkpoint, device, cache, options.dtype)
-    models = {"compressed": (own, True)} if checkpoint.compresses else {"plain": (own, False)}
-    if checkpoint.compresses and not options.only_compressed:
-        models["uncompressed"] = (own, False)
-    if plain is not None:
-        models["plain"] = (loader(plain, device, cache, options.dtype), False)
-    description = {
-        **describe(checkpoint, plain, {name: load for name, (load, _) in models.items()}),
-        "books": [path.name for path in paths],
-        "tokens": len(tokens),
-    }
-    results = evaluate(models, tokenizer, tokens, settings, options.output, options.batch_tokens, description, device)
+    with launched(options) as (processes, device):
+        books = open_books(options, tokenizer)
+        tokens = books.joined(int(tokenizer.eos_token_id))
+        cache: dict[str, PreTrainedModel] = {}
+        own = loader(checkpoint, device, cache, options.dtype)
+        models: Models = {"compressed": (own, True)} if checkpoint.compresses else {"plain": (own, False)}
+        if checkpoint.compresses and not options.only_compressed:
+            models["uncompressed"] = (own, False)
+        if plain is not None:
+            models["plain"] = (loader(plain, device, cache, options.dtype), False)
+        description = {
+            **describe(checkpoint, plain, {name: load for name, (load, _) in models.items()}),
+            **books.description(),
+            "tokens": len(tokens),
+        }
+        results = evaluate(
+            models, tokenizer, tokens, settings, options.output, options.batch_tokens, description, device, processes
+        )
+    if processes.rank > 0:
+        return
     print(markdown_table(results))
     print(depth_table(results, first_variant(results)))
     if options.plots:
-        options.plots.mkdir(parents=True, exist_ok=True)
         plot_lengths(results, options.plots / "recall_by_length.png")
         plot_depths(results, options.plots / "recall_by_depth.png", first_variant(results))
 

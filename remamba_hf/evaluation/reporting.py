@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What evaluations write: result files that a run goes on from, intervals, Markdown tables and plots."""
 
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,63 @@ import numpy as np
 from remamba_hf.training.book_tokens import write_json
 
 DEPTHS = 10  # parts of a text that depths are counted in
+_SHOWN_DIFFERENCES, _SHOWN_CHARACTERS = 4, 40
+
+
+def check_writable(*files: Path) -> None:
+    """Makes the folders of files that are to be written at the end of long work; raises a ValueError for a file that cannot
+    be written there."""
+    for file in files:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with tempfile.TemporaryFile(dir=file.parent):
+                pass
+        except OSError as error:
+            is_file = isinstance(error, (FileExistsError, NotADirectoryError))
+            reason = f"{file.parent} is no folder" if is_file else error.strerror
+            raise ValueError(f"{file} cannot be written ({reason}): name another file") from error
+
+
+def read_existing(output: Path) -> Any:
+    """The JSON value in the file of results that a run may go on from; None: there is no file.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
+    try:
+        return json.loads(output.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{output} cannot be read ({error.strerror}): name another --output") from error
+    except ValueError as error:
+        raise ValueError(f"{output} holds no results ({error}): name another --output, or remove it") from error
+
+
+def check_same_settings(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
+    """Raises a ValueError that names what differs."""
+    differences = list(_differences(found if isinstance(found, dict) else {}, json.loads(json.dumps(wanted))))
+    if not differences:
+        return
+    shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
+    more = len(differences) - _SHOWN_DIFFERENCES
+    others = f"; and {more} more" if more > 0 else ""
+    raise ValueError(f"{path} holds results of other settings ({shown}{others}): name another --output, or remove it")
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in {**wanted, **found}:
+            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    elif found != wanted:
+        yield f"{name}: {_short(found)} there, {_short(wanted)} now"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
 
 
 def start_or_continue(output: Path, header: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,19 +81,11 @@ def start_or_continue(output: Path, header: Mapping[str, Any], rest: Mapping[str
     Raises:
         ValueError: the file holds no results, or such under another header.
     """
-    if not output.exists():
+    results = read_existing(output)
+    if results is None:
         return {**header, **rest}
-    try:
-        results = json.loads(output.read_text())
-    except ValueError as error:
-        raise ValueError(f"{output} holds no results ({error}): name another output, or remove it") from error
-    wanted = json.loads(json.dumps(header))
     found = results if isinstance(results, dict) else {}
-    differing = [name for name in wanted if found.get(name) != wanted[name]]
-    if differing:
-        raise ValueError(
-            f"{output} holds results of other settings (see its {', '.join(differing)}): name another output, or remove it"
-        )
+    check_same_settings(output, {name: found.get(name) for name in header}, header)
     return {**rest, **found}
 
 

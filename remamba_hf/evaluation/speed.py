@@ -13,6 +13,7 @@ picture. benchmarks/ compares random weights of given shapes, and checks what it
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +24,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from remamba_hf.command_options import add_compression_settings, compression_settings, flag, positive
+from remamba_hf.reading import check_picture
 
 from .causal_models import Checkpoint, find_checkpoint, load_causal_model, resolved_dtype
 from .checkpoints import CPU_CHUNK_LENGTH, DEFAULT_CHUNK_LENGTH, default_chunk_length, environment, open_device
 from .reporting import (
+    check_writable,
     new_panels,
     save_figure,
     set_length_ticks,
@@ -190,17 +193,19 @@ def rows_of(results: Mapping[str, Any]) -> Rows:
 
 
 def markdown_tables(rows: Rows) -> str:
-    """A table of every measure that there are numbers of."""
+    """A table of every measure that there are numbers of; where there are none at all, of the errors."""
     lengths = sorted({length for cells in rows.values() for length in cells})
     tables = []
-    for measure in MEASURES:
-        if not any(cell.get(measure.field) is not None for cells in rows.values() for cell in cells.values()):
-            continue
+    for measure in [one for one in MEASURES if _has_numbers(rows, one)] or MEASURES[:1]:
         text = table_head(f"{measure.title}, by tokens", [short_length(length) for length in lengths])
         for label, cells in rows.items():
             text += table_row(label, [_shown(cells.get(length), measure) for length in lengths])
         tables.append(text)
     return "\n".join(tables)
+
+
+def _has_numbers(rows: Rows, measure: Measure) -> bool:
+    return any(cell.get(measure.field) is not None for cells in rows.values() for cell in cells.values())
 
 
 def _shown(cell: Mapping[str, Any] | None, measure: Measure) -> str:
@@ -311,6 +316,8 @@ def find_models(options: argparse.Namespace) -> dict[str, Checkpoint]:
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
     options = parse_arguments(arguments, program)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("speed is measured by one process: leave out accelerate launch or torchrun, which started several")
     if options.new_tokens < FEWEST_NEW_TOKENS:
         raise ValueError(f"--new-tokens must be at least {FEWEST_NEW_TOKENS}: the first few of a text do not count")
     checkpoints, device = find_models(options), open_device(options)
@@ -320,8 +327,9 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     first = next(iter(checkpoints)).replace("/", "--")
     output = options.output or Path(f"speed-{first}.json" if len(checkpoints) == 1 else "speed.json")
     plot = options.plot or output.with_suffix(".png")
-    for path in (output, plot):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(output, plot)
+    if options.plot is not None:
+        check_picture(plot)
     dtypes = {name: resolved_dtype(found, device, options.dtype) for name, found in checkpoints.items()}
     header = {
         "settings": {
@@ -341,6 +349,9 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     write_table(output.with_suffix(".md"), table)
     print(table, end="")
     print(f"results  {output}", file=sys.stderr)
+    if not any(_has_numbers(rows, measure) for measure in MEASURES):
+        errors = ", ".join(dict.fromkeys(cell["error"] for cell in results["speed"]))
+        raise ValueError(f"nothing could be measured ({errors}): give shorter --lengths or fewer --batch-sizes")
     try:
         draw(rows, plot)
     except ImportError:

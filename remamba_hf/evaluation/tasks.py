@@ -4,7 +4,9 @@
 Benchmarks are modules beside this one; generation_eval.py is the loop that asks a model and goes on from what it has asked.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,3 +69,33 @@ class Task(Protocol):
 
     def table(self, summaries: Mapping[str, Mapping[str, Any]]) -> str:
         """Markdown of the summaries of one or several models, by their names."""
+
+
+def json_lines(path: Path | zipfile.Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The objects in a file of JSON lines, each behind the number of its line and its place for messages, "FILE, line 3".
+    Empty lines are left out.
+
+    Raises:
+        ValueError: a line that is no JSON object, or with text that is none; names file and line.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                place = f"{path}, line {number}"
+                yield number, place, _json_object(place, line)
+
+
+def _json_object(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+        json.dumps(fields, ensure_ascii=False).encode()  # JSON can escape what UTF-8, and so a tokenizer, does not take
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"{place} has {half}, half of a surrogate pair, which is no character: remove it") from error
+    except RecursionError as error:
+        raise ValueError(f"{place} is nested too deeply: it is no item of a benchmark") from error
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise ValueError(f"{place} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place} is no JSON object")
+    return fields

@@ -57,8 +57,20 @@ def list_books(folder: str | os.PathLike[str], exclude: str | None = None) -> li
 
 
 def read_book(path: Path) -> str:
-    """Returns the book's text with Unix line ends; bytes that are not UTF-8 become U+FFFD."""
-    return path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
+    """Returns the book's text with Unix line ends.
+
+    Raises:
+        ValueError: it is empty, or no UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}. Convert it, or leave it out"
+        ) from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty: put the book there, or leave it out")
+    return text
 
 
 def train_book_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
@@ -141,10 +153,13 @@ def encode_books(
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, lines_per_piece: int = 2000) -> np.ndarray:
-    """Encodes one long text in pieces of whole lines, which keeps memory flat; `uint16[tokens]`.
+    """Encodes one long text in pieces of whole lines, which keeps memory flat.
 
     A piece ends between two lines of one paragraph: there the pre-tokenizer splits anyway, so the ids are those of the
     whole text (it would not after a blank line, because it treats white space at the end of a text differently).
+
+    Returns:
+        Ids, `uint16[tokens]`; `uint32[tokens]` if the tokenizer has more than 65,536 of them.
     """
     lines = text.splitlines(keepends=True)
     pieces, start = [], 0
@@ -155,7 +170,8 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, lines_per_piece: 
         pieces.append("".join(lines[start:end]))
         start = end
     encoded = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] if pieces else []
-    return np.concatenate([np.asarray(ids, dtype=np.uint16) for ids in encoded] or [np.empty(0, dtype=np.uint16)])
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    return np.concatenate([np.asarray(ids, dtype=dtype) for ids in encoded] or [np.empty(0, dtype=dtype)])
 
 
 def prepare_books(
