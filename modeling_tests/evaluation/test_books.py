@@ -9,7 +9,7 @@ import pytest
 
 from remamba_hf.evaluation import books as books_module
 from remamba_hf.evaluation import memory
-from remamba_hf.evaluation.books import add_book_options, open_books
+from remamba_hf.evaluation.books import add_book_options, joined, open_books
 from remamba_hf.training.book_tokens import encode_text, read_book
 
 BOOKS = ["Of the river little was said.\r\nThey went by the old road.\n" * 4, "Of the house.\n", "Of the garden.\n"]
@@ -39,7 +39,7 @@ def test_folder_of_files(prepared, tmp_path):
     assert [ids.tolist() for ids in found.ids] == ids_of(BOOKS, tokenizer)
     assert found.description() == {"books": ["0.txt", "1.txt", "2.txt"]}
     end = tokenizer.eos_token_id
-    assert found.joined(end).tolist() == [token for ids in ids_of(BOOKS, tokenizer) for token in (*ids, end)]
+    assert joined(found.ids, end).tolist() == [token for ids in ids_of(BOOKS, tokenizer) for token in (*ids, end)]
     assert opened(tmp_path, tokenizer, "--most-books", "2").names == ["0.txt", "1.txt"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no \.txt book"):
@@ -176,4 +176,4 @@ def test_large_vocabularies_have_ids_of_their_own_size(tmp_path):
     for size, dtype in ((65_536, np.uint16), (128_256, np.uint32)):
         books = open_books(options, Tokenizer(size))
         assert books.ids[0].tolist() == [size - 1, 3]
-        assert books.joined(end=2).dtype == dtype
+        assert joined(books.ids, end=2).dtype == dtype

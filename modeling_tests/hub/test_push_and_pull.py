@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 
-import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import MambaConfig, MambaForCausalLM
@@ -77,7 +76,6 @@ def original_mamba() -> dict[str, Blob]:
     }
 
 
-@pytest.mark.smoke
 def test_push_and_pull(tmp_path, python, tokenizer, input_ids):
     models = {
         family: {"first": make_model(family, seed=1), "second": make_model(family, tied=False, seed=2)}

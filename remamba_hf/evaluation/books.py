@@ -3,7 +3,7 @@
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ class Books:
         """What results say of them."""
         return {"books": self.names, **({} if self.source is None else {"dataset": self.source})}
 
-    def joined(self, end: int) -> np.ndarray:
-        """All books one after another, the token `end` after each."""
-        behind = np.asarray([end], dtype=self.ids[0].dtype)
-        return np.concatenate([part for book in self.ids for part in (book, behind)])
+
+def joined(books: Sequence[np.ndarray], end: int) -> np.ndarray:
+    """All books one after another, the token `end` after each."""
+    behind = np.asarray([end], dtype=books[0].dtype)
+    return np.concatenate([part for book in books for part in (book, behind)])
 
 
 def add_book_options(parser: argparse.ArgumentParser) -> None:

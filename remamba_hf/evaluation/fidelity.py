@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from remamba_hf.command_options import positive
 
-from .books import add_book_options, open_books
+from .books import add_book_options, joined, open_books
 from .checkpoints import (
     add_model_options,
     check_positions,
@@ -429,7 +429,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         check_tokenizer(checkpoint, tokenizer)
     with launched(options) as (processes, device):
         books = open_books(options, tokenizer)
-        tokens = books.joined(int(tokenizer.eos_token_id))
+        tokens = joined(books.ids, int(tokenizer.eos_token_id))
         spread_passages(tokens, 1, settings["length"])
         header = {"settings": settings, "description": {**books.description(), "tokens": len(tokens)}}
         results = start_or_continue(options.output, header, {"environment": environment(device), "models": {}})

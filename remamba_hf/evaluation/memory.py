@@ -40,7 +40,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from remamba_hf.command_options import positive
 from remamba_hf.training.recall_data import RecallSampler
 
-from .books import Books, add_book_options, open_books
+from .books import Books, add_book_options, joined, open_books
 from .causal_models import Checkpoint
 from .checkpoints import (
     add_model_options,
@@ -155,8 +155,7 @@ class MemoryEvaluation:
         self.settings = settings
         self.batch_tokens = batch_tokens
         self.chunk_length = chunk_length
-        end = np.asarray([tokenizer.eos_token_id], dtype=books[0].dtype)
-        self.tokens = np.concatenate([part for book in books for part in (book, end)])
+        self.tokens = joined(books, int(tokenizer.eos_token_id))
         self.sampler = RecallSampler(self.tokens, tokenizer, settings.seed, settings.digits)
         self.long_enough = [number for number, book in enumerate(books) if len(book) >= max(settings.perplexity_lengths)]
         self.long_books = [books[number] for number in self.long_enough]

@@ -33,7 +33,7 @@ from remamba_hf.families import FAMILIES
 from remamba_hf.reading import PrefillWatch, prefill_bar, watch_prefill
 from remamba_hf.training.recall_data import RecallSample, RecallSampler
 
-from .books import add_book_options, open_books
+from .books import add_book_options, joined, open_books
 from .causal_models import Checkpoint
 from .checkpoints import (
     add_model_options,
@@ -467,7 +467,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         check_tokenizer(each, tokenizer)
     with launched(options) as (processes, device):
         books = open_books(options, tokenizer)
-        tokens = books.joined(int(tokenizer.eos_token_id))
+        tokens = joined(books.ids, int(tokenizer.eos_token_id))
         cache: dict[str, PreTrainedModel] = {}
         own = loader(checkpoint, device, cache, options.dtype)
         models: Models = {"compressed": (own, True)} if checkpoint.compresses else {"plain": (own, False)}
