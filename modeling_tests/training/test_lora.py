@@ -172,15 +172,20 @@ def reference_loss(family, weights, config):
     return sum(losses) / len(losses)
 
 
+def adapted_everywhere(base):
+    """With LoRA, and nothing else, on all that it can act on."""
+    channels = base.backbone.layers[0].mixer.conv1d.groups
+    patterns = dict(rank_pattern={"conv1d": channels}, alpha_pattern={"conv1d": 2 * channels})
+    with pytest.warns(UserWarning, match="Merging is not supported"):
+        return with_recipe(base, target_modules=TARGETS[base.config.model_type], modules_to_save=None, **patterns)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_of_every_adapter_are_the_references(family, tied):
     """In float64, against a loop over tokens with plain matrices W + scale * B A, which knows neither PEFT nor this package:
     whatever LoRA can act on, all at once, beneath the compression; in training with fixed draws, on ragged rows."""
     base = tiny(family, tie_word_embeddings=tied)
-    channels = base.backbone.layers[0].mixer.conv1d.groups
-    patterns = dict(rank_pattern={"conv1d": channels}, alpha_pattern={"conv1d": 2 * channels})
-    with pytest.warns(UserWarning, match="Merging is not supported"):
-        model = with_recipe(base, target_modules=TARGETS[family], modules_to_save=None, **patterns)
+    model = adapted_everywhere(base)
     samples = [dict(prompt_ids=r[:p], response_ids=r[p:]) for r, p in zip(RAGGED, RAGGED_PROMPTS, strict=True)]
     batch = PromptResponseCollator(padding=0)(samples)
     if family == "memmamba":
