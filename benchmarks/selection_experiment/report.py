@@ -268,5 +268,7 @@ def _about(recipe: Recipe, trainings: dict[str, Any], seeds: Sequence[int]) -> s
         f"{recipe.layers} layers. Fine-tuned for {recipe.tuning.steps} steps of {recipe.tuning.tokens_per_batch} tokens, "
         f"the same for all arms of a seed. Seeds: {', '.join(map(str, seeds))}; mean ± standard deviation over them. "
         f"{recipe.evaluation.samples} prompts a cell. Loss weights: {weights}. {versions}.\n\n"
+        "What the paper does not do: scores (those that are multiplied too) are told in training where the fact is, by "
+        f'the loss named evidence; not in "{LABELS["remamba-answer-only"]}". '
         'Prompts of the control "prompt cut" lose their middle, to as many tokens as compression leaves.'
     )
