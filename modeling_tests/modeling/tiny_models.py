@@ -136,6 +136,15 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, limit: float, nam
     assert ratio <= limit, f"{name}: rms ratio {ratio:.2e} is above {limit:.0e}"
 
 
+def assert_same_weights(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Bit for bit. Results of equal weights differ in the last bit on some processors, by where the tensors lie."""
+    weights, others = expected.state_dict(), actual.state_dict()
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert others[name].dtype == weight.dtype, name
+        assert torch.equal(others[name], weight), name
+
+
 def cached_states(cache: Any, row: int | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Every layer's (convolution inputs, recurrent state), of one row or of all."""
     states = [(layer.conv_states[0], layer.recurrent_states[0]) for layer in cache.layers]
