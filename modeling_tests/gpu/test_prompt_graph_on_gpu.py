@@ -12,7 +12,7 @@ import torch
 from modeling_tests.gpu.measured_errors import note
 from modeling_tests.gpu.test_decode_graph_on_gpu import small_model
 from remamba_hf.modeling import prompt_graph
-from remamba_hf.modeling.decode_graph import kept_for, release_graphs
+from remamba_hf.modeling.decode_graph import Survey, kept_for, release_graphs
 from remamba_hf.modeling.optional_kernels import load_kernel
 from remamba_hf.modeling.prompt_graph import CapturedChunk, PromptGraphs, prompts_through_graphs
 from remamba_hf.modeling.recurrent_passes import PackedRows
@@ -188,7 +188,7 @@ def test_two_passes_wait_for_the_device_once(family):
     def read() -> None:
         rows = PackedRows(ids, None, None, backbone.embeddings)
         windows = backbone.plan_windows(rows.lengths, [400, 350], 0.1, 0.5, 0.1)
-        with prompts_through_graphs(model, insist=True):
+        with prompts_through_graphs(model, Survey.of(model), insist=True):
             backbone.read_rows(rows, windows, [400, 350], None, columns_to_keep=1, chunk_length=256)
 
     with torch.no_grad():

@@ -22,7 +22,15 @@ from modeling_tests.modeling.tiny_models import (
     tiny_model,
 )
 from remamba_hf.modeling import decode_graph, recurrent_generation
-from remamba_hf.modeling.decode_graph import AllFinished, DecodeGraphs, EagerStep, FusedStep, graphs_of, release_graphs
+from remamba_hf.modeling.decode_graph import (
+    AllFinished,
+    DecodeGraphs,
+    EagerStep,
+    FusedStep,
+    Survey,
+    graphs_of,
+    release_graphs,
+)
 from remamba_hf.modeling.modeling_memmamba import FusedNotesStep, NotesStep
 from remamba_hf.modeling.optional_kernels import without_kernels
 
@@ -202,7 +210,7 @@ def reason(model, kwargs=None, **settings):
     class Criteria(list):
         max_length = 20
 
-    return decode_graph.why_not_graphed(OnCuda(model), config, Criteria(), kwargs or {})
+    return decode_graph.why_not_graphed(OnCuda(model), Survey.of(model), config, Criteria(), kwargs or {})
 
 
 def with_codes(model):
@@ -235,13 +243,33 @@ def test_reasons_not_to_capture():
     assert "accelerate" in reason(moved)
 
 
+def test_all_modules_and_weights_are_surveyed(family):
+    model = tiny_model(family=family)
+    model.backbone.layers[1].mixer.out_proj = model.backbone.layers[0].mixer.out_proj  # shared: once
+    model.lm_head.bias = None
+    modules, weights = Survey.of(model)
+    assert len(modules) == len(list(model.modules()))
+    assert set(modules) == set(model.modules())
+    assert {id(weight) for weight in weights} == {id(weight) for weight in model.parameters()}
+
+
+def test_states_are_copied_and_zeroed_whatever_their_dtypes():
+    targets = [torch.zeros(2, 3), torch.zeros(4, dtype=torch.bfloat16), torch.zeros(5), torch.zeros(2, dtype=torch.float64)]
+    sources = [torch.randn(target.shape, dtype=torch.float64).to(target.dtype) for target in targets]
+    sources[2] = sources[2].to(torch.bfloat16)  # as states do that were narrowed meanwhile
+    decode_graph.copy_tensors(targets, sources)
+    assert all(torch.equal(target, source.to(target.dtype)) for target, source in zip(targets, sources, strict=True))
+    decode_graph.zero_tensors(targets)
+    assert not any(target.any() for target in targets)
+
+
 def test_adapters_are_captured_but_not_kept():
     peft = pytest.importorskip("peft")
     model = tiny_model(torch.float32)
-    assert graphs_of(model).refresh(model)
+    assert graphs_of(model).refresh(Survey.of(model))
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["in_proj", "dt_proj"])).base_model.model
     assert reason(adapted.eval()) == ""
-    assert not graphs_of(adapted).refresh(adapted)
+    assert not graphs_of(adapted).refresh(Survey.of(adapted))
 
 
 class FakeGraph:

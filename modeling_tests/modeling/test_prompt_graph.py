@@ -16,12 +16,13 @@ from modeling_tests.modeling.tiny_models import (
     VOCABULARY,
     assert_close,
     assert_same_cache,
+    cached_states,
     random_rows,
     tiny_memmamba,
     tiny_model,
 )
 from remamba_hf.modeling import decode_graph, prompt_graph, recurrent_generation
-from remamba_hf.modeling.decode_graph import DecodeGraphs, EagerStep, kept_for, release_graphs
+from remamba_hf.modeling.decode_graph import DecodeGraphs, EagerStep, Survey, kept_for, release_graphs
 from remamba_hf.modeling.prompt_graph import PromptGraphs, graph_length
 from remamba_hf.modeling.selective_compression import Adaptation
 
@@ -116,10 +117,32 @@ def test_answers_are_the_same(family, graphs, lengths, chunk_length, settings, e
     for actual, wanted in zip(
         answer(model, given, **settings).past_key_values.layers, eager.past_key_values.layers, strict=True
     ):
-        for name in ("has_previous_state", "is_conv_states_initialized", "is_recurrent_states_initialized"):
-            assert getattr(actual, name) == getattr(wanted, name), name
+        tensors = ("conv_states", "recurrent_states")
+        noted, expected_notes = (
+            {name: value for name, value in vars(layer).items() if name not in tensors} for layer in (actual, wanted)
+        )
+        assert noted == expected_notes  # all that transformers keeps of a layer
         assert actual.conv_states[0].dtype == wanted.conv_states[0].dtype
         assert actual.recurrent_states[0].dtype == wanted.recurrent_states[0].dtype
+
+
+def test_caches_are_their_owners(family, graphs):
+    """Neither a later prompt nor a change of another cache shows in one, and one that was reset keeps its tensors."""
+    model = tiny_model(family=family)
+    given, settings = prompts(13), dict(compress_prompt=False, max_new_tokens=1)
+    first, second = (answer(model, given, **settings).past_key_values for _ in range(2))
+    for one, other in zip(first.layers, second.layers, strict=True):
+        one.recurrent_states[0].fill_(7.0)
+        one.has_previous_state[0] = "mine"
+        assert not (other.recurrent_states[0] == 7.0).any()
+        assert other.has_previous_state[0] is True
+    again = answer(model, given, **settings).past_key_values
+    assert_same_cache(again, second, 1e-10)
+    again.reset()
+    places = [state.data_ptr() for pair in cached_states(again) for state in pair]
+    answer(model, given, cache_params=again, **settings)
+    assert [state.data_ptr() for pair in cached_states(again) for state in pair] == places
+    assert_same_cache(again, second, 1e-10)
 
 
 def test_one_graph_serves_all_prompts_of_about_a_length(family, graphs):
@@ -276,7 +299,7 @@ def test_what_is_never_captured(graphs, monkeypatch):
 
 def test_hidden_states_are_read_without(graphs):
     model, given = tiny_model(), prompts(13)
-    with torch.no_grad(), prompt_graph.prompts_through_graphs(model, insist=True):
+    with torch.no_grad(), prompt_graph.prompts_through_graphs(model, Survey.of(model), insist=True):
         model(**given)
         assert lengths_read() == [16]
         with_states = model(**given, output_hidden_states=True)
@@ -295,7 +318,7 @@ def test_hidden_states_are_read_without(graphs):
 def test_states_that_are_kept_are_copied(graphs):
     """All positions of a prompt that is one chunk."""
     model = tiny_model()
-    with torch.no_grad(), prompt_graph.prompts_through_graphs(model, insist=True):
+    with torch.no_grad(), prompt_graph.prompts_through_graphs(model, Survey.of(model), insist=True):
         first = model(**prompts(16, seed=1)).logits
         states = model.backbone(**prompts(16, seed=1)).last_hidden_state
         kept = states.clone()
@@ -478,7 +501,7 @@ def test_the_real_capture_is_asked_for_on_a_gpu_alone():
     with contextlib.suppress(ValueError):
         model.generate(**prompts(13), max_new_tokens=2, cuda_graph=True)
     assert not kept_for(model, PromptGraphs).graphs
-    asked = OnCuda(model), model.generation_config, StoppingCriteriaList([MaxLengthCriteria(9)]), {}
+    asked = OnCuda(model), Survey.of(model), model.generation_config, StoppingCriteriaList([MaxLengthCriteria(9)]), {}
     assert decode_graph.why_not_graphed(*asked) == ""
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *arguments: None)
     try:
