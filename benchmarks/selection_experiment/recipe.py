@@ -119,10 +119,10 @@ FULL = Recipe(
     max_tokens=20_000_000,
     digits=5,
     initializer_range=0.03,
-    pretraining=Training(1_200, 65_536, 1.5e-3, 100),
+    pretraining=Training(800, 65_536, 1.5e-3, 100),
     book_lengths=(1024, 1024, 2048, 2048, 4096, 4096, 8192),
     trunk=Training(
-        800,
+        1_200,
         32_768,
         1e-3,
         50,
@@ -136,7 +136,7 @@ FULL = Recipe(
         ),
     ),
     tuning=Training(
-        500,
+        400,
         32_768,
         5e-4,
         30,

@@ -15,7 +15,7 @@ import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -66,12 +66,12 @@ class CacheStep:
     def begin(self, model: Any, cache: Cache) -> None:
         """Take the first rows' states from another cache, and the weights as they are now."""
         theirs = list(tensors_of(cache))
-        torch._foreach_copy_([mine[: len(theirs[0])] for mine in tensors_of(self.cache)], theirs)
+        copy_tensors([mine[: len(theirs[0])] for mine in tensors_of(self.cache)], theirs)
 
     def end(self, model: Any, cache: Cache) -> None:
         """Leave the first rows' states in another cache."""
         theirs = list(tensors_of(cache))
-        torch._foreach_copy_(theirs, [mine[: len(theirs[0])] for mine in tensors_of(self.cache)])
+        copy_tensors(theirs, [mine[: len(theirs[0])] for mine in tensors_of(self.cache)])
 
     def needs_upkeep(self) -> bool:
         """Whether `upkeep` is due behind the step that has just been run; called once behind each."""
@@ -238,12 +238,11 @@ class CapturedGraphs:
         self.weights: tuple[int, ...] = ()
         self.graphs: OrderedDict[Any, Any] = OrderedDict()
 
-    def refresh(self, model: Any) -> bool:
-        """Forget what was captured if a weight has another place now, or where adapters may have been switched. Whether a
-        graph can be used again: see `_are_ours`."""
-        modules = _modules(model)
-        weights = tuple(weight.data_ptr() for weight in _weights(modules))
-        ours = _are_ours(modules)
+    def refresh(self, survey: "Survey") -> bool:
+        """Forget what was captured if a weight of the model has another place now, or where adapters may have been
+        switched. Whether a graph can be used again: see `Survey.are_ours`."""
+        weights = tuple(weight.data_ptr() for weight in survey.weights)
+        ours = survey.are_ours
         if weights != self.weights or not ours:
             self.forget()
             self.weights = weights
@@ -260,14 +259,23 @@ class DecodeGraphs(CapturedGraphs):
     graphs: "OrderedDict[Any, GraphedStep]"
 
     def step(
-        self, model: Any, cache: Cache, tokens: int, insist: bool = False, state_dtype: torch.dtype | None = None
+        self,
+        model: Any,
+        cache: Cache,
+        tokens: int,
+        insist: bool = False,
+        state_dtype: torch.dtype | None = None,
+        survey: "Survey | None" = None,
     ) -> GraphedStep | None:
         """A step that continues a cache, or None if for so few `tokens` it is not worth its capture (`insist`: it is).
 
         Args:
             state_dtype: of the recurrent states meanwhile; None: as they are.
+            survey: of the model as it is now, if there is one.
         """
-        self.refresh(model)
+        if tokens < 1:
+            return None
+        self.refresh(survey or Survey.of(model))
         shapes = [tensor.shape[1:] for tensor in tensors_of(cache)]
         rows = _bucket(len(next(tensors_of(cache))))
         key = rows, tuple(tensor.dtype for tensor in tensors_of(cache)), tuple(shapes), state_dtype
@@ -309,14 +317,51 @@ def release_graphs(model: Any) -> None:
     _GRAPHS.pop(model, None)
 
 
-def why_not_graphed(model: Any, generation_config: Any, stopping_criteria: Any, model_kwargs: dict[str, Any]) -> str:
-    """Why the steps of a call of `generate` cannot be captured; empty if they can."""
+class Survey(NamedTuple):
+    """What decides whether a model's steps can be captured, and whether those that were still hold, from one walk over its
+    modules: every call of `generate` waits for it.
+
+    modules: all, in any order.
+    weights: their parameters.
+    """
+
+    modules: list[nn.Module]
+    weights: list[nn.Parameter]
+
+    @classmethod
+    def of(cls, model: Any) -> "Survey":
+        """In a fifth of the time that `model.modules()` takes."""
+        found: dict[int, nn.Module] = {}
+        left = [model]
+        while left:
+            module = left.pop()
+            if module is not None and id(module) not in found:
+                found[id(module)] = module
+                left.extend(module._modules.values())
+        modules = list(found.values())
+        weights = [weight for module in modules for weight in module._parameters.values() if weight is not None]
+        return cls(modules, weights)
+
+    @property
+    def are_ours(self) -> bool:
+        """Whether nothing in the model can change what a step does but its weights: adapters are switched in Python."""
+        return not any(kind.__module__.startswith("peft.") for kind in {module.__class__ for module in self.modules})
+
+
+def why_not_graphed(
+    model: Any, survey: Survey, generation_config: Any, stopping_criteria: Any, model_kwargs: dict[str, Any]
+) -> str:
+    """Why the steps of a call of `generate` cannot be captured; empty if they can.
+
+    Args:
+        survey: of the model.
+    """
     if model.device.type != "cuda":
         return f"the model is on {model.device.type!r}, not on a CUDA device"
     if getattr(model, "hf_device_map", None) or getattr(model, "_hf_hook", None) is not None:
         return "its weights are moved by accelerate"
-    modules = _modules(model)
-    if len({weight.device for weight in _weights(modules)}) > 1:
+    modules = survey.modules
+    if len({weight.get_device() for weight in survey.weights}) > 1:
         return "its weights are on several devices"
     if not kernels_enabled():
         return "kernels are switched off"
@@ -328,7 +373,7 @@ def why_not_graphed(model: Any, generation_config: Any, stopping_criteria: Any, 
     foreign = sorted(kind.__name__ for kind in {module.__class__ for module in modules} if not _may_be_captured(kind))
     if foreign:
         return f"nothing is known about modules of the types {foreign}"
-    if not all(map(is_plain_weight, _weights(modules))):
+    if not all(map(is_plain_weight, survey.weights)):
         return "its weights are quantised or sharded, which the kernels cannot read"
     if not model_kwargs.get("use_cache", True):
         return "use_cache=False leaves no state to continue"
@@ -361,22 +406,6 @@ def _may_be_captured(kind: type[nn.Module]) -> bool:
     return kind in _PLAIN or _is_own(package) or package.startswith("peft.tuners.lora")
 
 
-def _modules(model: Any) -> list[nn.Module]:
-    """All modules, in any order, in a fifth of the time that `modules` takes, for which every call would wait."""
-    found: dict[int, nn.Module] = {}
-    left = [model]
-    while left:
-        module = left.pop()
-        if module is not None and id(module) not in found:
-            found[id(module)] = module
-            left.extend(module._modules.values())
-    return list(found.values())
-
-
-def _weights(modules: list[nn.Module]) -> Iterator[torch.Tensor]:
-    return (weight for module in modules for weight in module._parameters.values() if weight is not None)
-
-
 def can_be_fused(model: Any, rows: int) -> bool:
     """Whether a step of so many rows can run in kernels that read the weights themselves: every layer is what its weight
     says, in one dtype that Triton multiplies."""
@@ -390,7 +419,7 @@ def can_be_fused(model: Any, rows: int) -> bool:
     return (
         rows <= MOST_FUSED_ROWS
         and kernels_can_run(model.device)
-        and _are_ours(_modules(model))
+        and Survey.of(model).are_ours
         and all(block.mixer.convolution_is_plain for block in model.backbone.layers)
         and all(type(module) is nn.Linear or _is_own(type(module).__module__) for module in linear)
         and len(dtypes) == 1
@@ -400,11 +429,6 @@ def can_be_fused(model: Any, rows: int) -> bool:
 
 def _is_own(package: str) -> bool:
     return package.rpartition(".")[0] == __name__.rpartition(".")[0] or package.startswith("transformers_modules.")
-
-
-def _are_ours(modules: list[nn.Module]) -> bool:
-    """Whether nothing in a model can change what a step does but its weights: adapters are switched in Python."""
-    return not any(kind.__module__.startswith("peft.") for kind in {module.__class__ for module in modules})
 
 
 def _bucket(rows: int) -> int:
@@ -422,6 +446,28 @@ def tensors_of(cache: Cache) -> Iterator[torch.Tensor]:
         for slot in range(layer.number_of_states):
             yield layer.conv_states[slot]
             yield layer.recurrent_states[slot]
+
+
+def zero_tensors(tensors: list[torch.Tensor]) -> None:
+    """All of them at once."""
+    for (group,) in _of_a_dtype(tensors):
+        torch._foreach_zero_(group)
+
+
+def copy_tensors(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Every source into its target, all at once."""
+    for group, others in _of_a_dtype(targets, sources):
+        torch._foreach_copy_(group, others)
+
+
+def _of_a_dtype(first: list[torch.Tensor], *others: list[torch.Tensor]) -> list[list[list[torch.Tensor]]]:
+    """Lists of tensors, cut so that those of the first have one dtype: of mixed ones torch launches a kernel each."""
+    groups: dict[torch.dtype, list[list[torch.Tensor]]] = {}
+    for row in zip(first, *others, strict=True):
+        lists = groups.setdefault(row[0].dtype, [[] for _ in row])
+        for tensors, tensor in zip(lists, row, strict=True):
+            tensors.append(tensor)
+    return list(groups.values())
 
 
 class AllFinished:

@@ -18,7 +18,17 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from .decode_graph import CapturedGraphs, captured, kept_for, on_side_stream, ordinary_tensors, tensors_of
+from .decode_graph import (
+    CapturedGraphs,
+    Survey,
+    captured,
+    copy_tensors,
+    kept_for,
+    on_side_stream,
+    ordinary_tensors,
+    tensors_of,
+    zero_tensors,
+)
 from .precision import sent
 
 MOST_TOKENS = 8192  # of all rows of a chunk; Python is fast enough for more
@@ -130,21 +140,39 @@ def _captured_behind_a_run(run: Callable[[], None], device: torch.device, pool: 
 def _begin_at(states: Cache, cache: Cache | None) -> None:
     mine = list(tensors_of(states))
     if cache is None or not cache.has_previous_state():
-        torch._foreach_zero_(mine)
+        zero_tensors(mine)
     else:
-        torch._foreach_copy_(mine, list(tensors_of(cache)))
+        copy_tensors(mine, list(tensors_of(cache)))
 
 
 def _leave_in(states: Cache, cache: Cache) -> None:
-    """As mixers leave states in a cache, but all at once where it has some already."""
-    if cache.has_previous_state():
-        torch._foreach_copy_(list(tensors_of(cache)), list(tensors_of(states)))
-        return
-    for layer_idx, layer in enumerate(states.layers):
-        for slot in range(layer.number_of_states):
-            conv = layer.conv_states[slot]
-            cache.update_conv_state(conv, layer_idx, state_idx=slot, conv_kernel_size=conv.shape[-1])
-            cache.update_recurrent_state(layer.recurrent_states[slot], layer_idx, state_idx=slot)
+    """As mixers leave states in a cache, but all at once."""
+    if not cache.has_previous_state():
+        if not all(map(_is_new, cache.layers, states.layers)):
+            for layer_idx, layer in enumerate(states.layers):
+                for slot in range(layer.number_of_states):
+                    conv = layer.conv_states[slot]
+                    cache.update_conv_state(conv, layer_idx, state_idx=slot, conv_kernel_size=conv.shape[-1])
+                    cache.update_recurrent_state(layer.recurrent_states[slot], layer_idx, state_idx=slot)
+            return
+        for layer, mine in zip(cache.layers, states.layers, strict=True):
+            # What transformers has noted of a layer that was filled, and room for its states.
+            noted = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(mine).items()}
+            vars(layer).update(noted)
+            for kind in (layer.conv_states, layer.recurrent_states):
+                kind.update({slot: torch.empty_like(state) for slot, state in kind.items()})
+    copy_tensors(list(tensors_of(cache)), list(tensors_of(states)))
+
+
+def _is_new(layer: Any, filled: Any) -> bool:
+    """Whether a layer of a cache is one of transformers' that nothing has been written to, and that notes what a filled one
+    does; others have places that their owner may know, or record more than the last state."""
+    return (
+        type(layer) is type(filled)
+        and layer.device is None
+        and not layer.record_past
+        and vars(layer).keys() == vars(filled).keys()
+    )
 
 
 class PromptGraphs(CapturedGraphs):
@@ -274,21 +302,25 @@ _READER: ContextVar[PromptReader | None] = ContextVar("reader", default=None)
 
 
 @contextlib.contextmanager
-def prompts_through_graphs(model: Any, insist: bool) -> Iterator[None]:
-    """Passes of the model's backbone inside go through graphs where `why_not_graphed` has no objection to captured steps."""
-    outer = _READER.set(_reader_for(model, insist))
+def prompts_through_graphs(model: Any, survey: Survey, insist: bool) -> Iterator[None]:
+    """Passes of the model's backbone inside go through graphs where `why_not_graphed` has no objection to captured steps.
+
+    Args:
+        survey: of the model.
+    """
+    outer = _READER.set(_reader_for(model, survey, insist))
     try:
         yield
     finally:
         _READER.reset(outer)
 
 
-def _reader_for(model: Any, insist: bool) -> PromptReader | None:
+def _reader_for(model: Any, survey: Survey, insist: bool) -> PromptReader | None:
     """None unless what a pass does is known beforehand, and depends on nothing but weights and inputs."""
     if not model.backbone.passes_can_be_captured or torch.is_autocast_enabled(model.device.type):
         return None
     graphs = kept_for(model, PromptGraphs)
-    return PromptReader(model.backbone, graphs, insist) if graphs.refresh(model) else None
+    return PromptReader(model.backbone, graphs, insist) if graphs.refresh(survey) else None
 
 
 def prompt_reader(backbone: Any) -> PromptReader | None:

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .decode_graph import RUNS_AHEAD, CacheStep, EagerStep, FusedStep, decode, graphs_of, why_not_graphed
+from .decode_graph import RUNS_AHEAD, CacheStep, EagerStep, FusedStep, Survey, decode, graphs_of, why_not_graphed
 from .prompt_graph import prompts_through_graphs
 from .recurrent_passes import Progress, check_chunk_length, check_no_empty_prompt, check_token_ids
 from .token_loss import loss_kernels_run, token_loss
@@ -143,7 +143,8 @@ class RecurrentGenerationMixin(GenerationMixin):
     ) -> Any:
         """Greedy search and sampling: with captured steps where that is possible, else transformers' own loop."""
         call = call_of_generate()
-        reason = why_not_graphed(self, generation_config, stopping_criteria, model_kwargs)
+        survey = Survey.of(self)
+        reason = why_not_graphed(self, survey, generation_config, stopping_criteria, model_kwargs)
         if synced_gpus:
             reason = "the processes of a sharded model have to keep step"
         if call.cuda_graph and reason:
@@ -156,12 +157,12 @@ class RecurrentGenerationMixin(GenerationMixin):
             return loop(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
-        with prompts_through_graphs(self, insist=bool(call.cuda_graph)):
+        with prompts_through_graphs(self, survey, insist=bool(call.cuda_graph)):
             output = self._prefill(input_ids, generation_config, model_kwargs)
         cache = output.cache_params
         steps = stopping_criteria.max_length - input_ids.shape[1] - 1
         insist = bool(call.cuda_graph) or call.state_dtype is not None
-        step = graphs_of(self).step(self, cache, steps, insist, call.state_dtype) or EagerStep(self, cache)
+        step = graphs_of(self).step(self, cache, steps, insist, call.state_dtype, survey) or EagerStep(self, cache)
         keeps_cache = call.keeps_cache or generation_config.return_dict_in_generate
         sequences, scores, logits = decode(
             step,

@@ -331,8 +331,9 @@ class RecurrentModel(RecurrentBackbone, RecurrentPreTrainedModel):
             return
         layers = getattr(cache_params, "layers", ())
         blocks: Any = self.layers
+        slots = getattr(self.config, "number_of_conv_states", 1)  # transformers' name of it
         if len(layers) != len(blocks) or not all(
-            _holds(layer, block.state_shapes()) for layer, block in zip(layers, blocks, strict=True)
+            _holds(layer, slots, block) for layer, block in zip(layers, blocks, strict=True)
         ):
             raise ValueError(
                 "The cache is one of another model: its layers or states have other shapes. Leave it out, or give an empty "
@@ -420,11 +421,14 @@ def _wants_dict(config: Any, return_dict: bool | None) -> bool:
     return bool(config.return_dict if return_dict is None else return_dict)
 
 
-def _holds(layer: Any, shapes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """Whether a cache's layer has these states, or has room for as many."""
-    if getattr(layer, "number_of_states", 0) != len(shapes):
+def _holds(layer: Any, slots: int, block: Any) -> bool:
+    """Whether a cache's layer has a block's states, in as many slots, or has room for them."""
+    if getattr(layer, "number_of_states", 0) != slots:
         return False
-    states = [(layer.conv_states[slot], layer.recurrent_states[slot]) for slot in range(len(shapes))]
+    states = [(layer.conv_states[slot], layer.recurrent_states[slot]) for slot in range(slots)]
+    if all(state is None for pair in states for state in pair):
+        return True  # without asking for shapes, which takes longer, before every prompt
+    shapes = block.state_shapes()
     return all(
         state is None or tuple(state.shape[1:]) == shape
         for pair, wanted in zip(states, shapes, strict=True)

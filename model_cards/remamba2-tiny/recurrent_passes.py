@@ -291,9 +291,9 @@ def check_no_empty_prompt(lengths: list[int]) -> None:
 def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
     """Raise a ValueError that names the offending ids, before an embedding fails on them."""
     if input_ids.numel():
-        low, high = input_ids.aminmax()
+        low, high = torch.stack(input_ids.aminmax()).tolist()  # the device is waited for once
         if low < 0 or high >= vocab_size:
             raise ValueError(
-                f"input_ids range from {low.item()} to {high.item()}, but the vocabulary has ids 0 to {vocab_size - 1}. "
+                f"input_ids range from {low} to {high}, but the vocabulary has ids 0 to {vocab_size - 1}. "
                 "Use the checkpoint's own tokenizer, or resize_token_embeddings() after adding tokens."
             )

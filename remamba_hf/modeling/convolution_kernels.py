@@ -79,6 +79,12 @@ def convolve_forward(
 
 
 @jit
+def _tap(weight, channel, known, tap, WIDTH: tl.constexpr):
+    """One of the weights of every channel, [1, channels] in float32."""
+    return tl.load(weight + channel * WIDTH + tap, mask=known, other=0.0).to(tl.float32)[None, :]
+
+
+@jit
 def _convolution_kernel(
     x,
     weight,
@@ -109,13 +115,15 @@ def _convolution_kernel(
         source = token + (tap - WIDTH + 1)
         inside = ((source >= 0) & (source < length))[:, None] & known[None, :]
         value = tl.load(x + source.to(tl.int64)[:, None] * x_token + channel[None, :], mask=inside, other=0.0)
-        value = value.to(tl.float32)
-        if initial_state is not None and tap < WIDTH - 1:  # noqa: SIM102 - decided when it is compiled, unlike the next
-            if tl.program_id(0) == 0:
+        total += value.to(tl.float32) * _tap(weight, channel, known, tap, WIDTH)
+    # Behind all other loads, which would wait for these in every program.
+    if initial_state is not None:  # noqa: SIM102 - decided when it is compiled, unlike the next
+        if tl.program_id(0) == 0:
+            for tap in tl.static_range(WIDTH - 1):
+                source = token + (tap - WIDTH + 1)
                 before = (source < 0)[:, None] & known[None, :]
                 kept = tl.load(initial_state + in_states[None, :] + (WIDTH + source)[:, None], mask=before, other=0.0)
-                value += kept.to(tl.float32)
-        total += value * tl.load(weight + channel * WIDTH + tap, mask=known, other=0.0).to(tl.float32)[None, :]
+                total += kept.to(tl.float32) * _tap(weight, channel, known, tap, WIDTH)
     if bias is not None:
         total += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
     total = total / (1.0 + tl.exp(-total))
