@@ -157,8 +157,8 @@ def _leave_in(states: Cache, cache: Cache) -> None:
             return
         for layer, mine in zip(cache.layers, states.layers, strict=True):
             # What transformers has noted of a layer that was filled, and room for its states.
-            noted = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(mine).items()}
-            vars(layer).update(noted)
+            noted = {name: dict(value) if isinstance(value, dict) else value for name, value in mine.__dict__.items()}
+            layer.__dict__.update(noted)
             for kind in (layer.conv_states, layer.recurrent_states):
                 kind.update({slot: torch.empty_like(state) for slot, state in kind.items()})
     copy_tensors(list(tensors_of(cache)), list(tensors_of(states)))
@@ -171,7 +171,7 @@ def _is_new(layer: Any, filled: Any) -> bool:
         type(layer) is type(filled)
         and layer.device is None
         and not layer.record_past
-        and vars(layer).keys() == vars(filled).keys()
+        and layer.__dict__.keys() == filled.__dict__.keys()
     )
 
 
