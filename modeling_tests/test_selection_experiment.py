@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import remamba_hf
-from remamba_hf.training.recall_data import RecallLevel
+from remamba_hf.training.recall_data import RecallLevel, RecallSampler
 
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
@@ -23,7 +23,7 @@ if not (BENCHMARKS / "selection_experiment").is_dir():
 sys.path.insert(0, str(BENCHMARKS))
 
 from selection_experiment import parts, report, steps  # noqa: E402
-from selection_experiment.data import BookBatches, Instructions, PhasedBatches  # noqa: E402
+from selection_experiment.data import BookBatches, Instructions, MixedSampler, PhasedBatches  # noqa: E402
 from selection_experiment.evaluation import WHOLE, Measurement, measurements, setting_name, tokens_left  # noqa: E402
 from selection_experiment.line_data import LineSampler  # noqa: E402
 from selection_experiment.preparation import prepare, tokenizer_and_tokens  # noqa: E402
@@ -100,7 +100,7 @@ def read(path):
 def test_lines_are_those_that_a_user_would_write(data):
     tokenizer, _ = tokenizer_and_tokens(data)
     sampler = LineSampler(tokenizer, seed=3)
-    for length in (sampler.shortest(2), 300, 777):
+    for length in (300, 500, 777):
         text = sampler.text((length, 1), length, 2, 0, [0.1, 0.9])
         assert max(len(text.prompt_ids(key)) for key in range(2)) == length
         for key, fact in enumerate(text.asked):
@@ -117,6 +117,26 @@ def test_lines_are_those_that_a_user_would_write(data):
     assert again.text_ids.tolist() == text.text_ids.tolist()
     with pytest.raises(ValueError, match="longer prompt_length"):
         sampler.text(0, 30)
+
+
+@pytest.mark.parametrize("keys", [1, 2, 4])
+def test_lines_where_they_fit_and_facts_elsewhere(data, keys, monkeypatch):
+    tokenizer, tokens = tokenizer_and_tokens(data)
+
+    def lines_of(lengths):
+        """How many texts are lines, and for how many lengths these are said to fit."""
+        lines = LineSampler(tokenizer, seed=3)
+        mixed = MixedSampler(RecallSampler(tokens, tokenizer, 3, 1), lines, 1.0)
+        texts = [(length, mixed.text((number, 0), length, keys)) for length in lengths for number in range(20)]
+        assert all(max(len(text.prompt_ids(key)) for key in range(keys)) == length for length, text in texts)
+        written = sum("REGISTER_CONTENT> in line" in tokenizer.decode(text.prompt_ids().tolist()) for _, text in texts)
+        return written, 20 * sum(lines.fits(length, keys) for length in lengths)
+
+    lengths = range(224, 513, 32)
+    assert lines_of(lengths) == (20 * len(lengths), 20 * len(lengths))
+    monkeypatch.setattr(LineSampler, "_fill", lambda self, generator, names, spare, places: not spare)
+    written, fitting = lines_of(lengths)
+    assert written == fitting < 10 * len(lengths), "what is drawn hardly ever has the right length by itself"
 
 
 def test_batches_are_functions_of_seed_and_step(data, tmp_path):

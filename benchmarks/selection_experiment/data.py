@@ -57,8 +57,7 @@ class MixedSampler:
 
     def text(self, index: Sequence[int], prompt_length: int, keys: int = 1, *rest: Any) -> RecallText:
         is_lines = np.random.default_rng([self.seed, index[0], 3]).random() < self.share
-        fits = prompt_length >= self.lines.shortest(keys)
-        sampler = self.lines if is_lines and fits else self.recall
+        sampler = self.lines if is_lines and self.lines.fits(prompt_length, keys) else self.recall
         return sampler.text(index, prompt_length, keys, *rest)
 
 

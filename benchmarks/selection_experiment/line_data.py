@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from remamba_hf.training.recall_data import FITTING_DRAWS, AskedFact, RecallText
+from remamba_hf.training.recall_data import AskedFact, RecallText
 
 HEADING = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
@@ -30,7 +30,7 @@ QUESTION = ("Now the record is over. Tell me what is the <REGISTER_CONTENT> in l
 BRIEF_HEADING = "A record of lines:"
 BRIEF_QUESTION = ("What is the <REGISTER_CONTENT> in line ", "? ")
 LARGEST_NUMBER = 50_000
-FILLING_DRAWS = 200
+FITTING_DRAWS = 200
 ADJECTIVES = (
     "able ancient angry autumn awkward basic big bitter black blue bold brave brief bright broken busy calm careful "
     "cheap clean clear clever close cloudy cold common cool crooked cruel curious dark dear deep distant double dry dull "
@@ -90,6 +90,7 @@ class LineSampler:
         self.line = (encode("line"), encode(": REGISTER_CONTENT is <"), encode(">\n"))
         adjective_lengths, noun_lengths = (np.array([len(ids) for ids in words]) for words in (self.adjectives, self.nouns))
         self.name_lengths = (adjective_lengths[:, None] + noun_lengths).flatten()
+        self._fits: dict[tuple[int, int], bool] = {}
 
     def text(
         self,
@@ -114,10 +115,13 @@ class LineSampler:
                 return text
         raise ValueError(f"no {max(keys, 2)} lines fill a prompt of {prompt_length} tokens: give a longer prompt_length")
 
-    def shortest(self, keys: int) -> int:
-        """Tokens of a prompt that has room for so many asked lines and three others."""
-        line = sum(map(len, self.line)) + int(self.name_lengths.mean()) + len(str(LARGEST_NUMBER))
-        return len(self.headings[1]) + sum(map(len, self.questions[1])) + (keys + 3) * line
+    def fits(self, prompt_length: int, keys: int) -> bool:
+        """Whether a fifth of what is drawn, or more, fills such a prompt. Short ones have too few lines to exchange."""
+        if (prompt_length, keys) not in self._fits:
+            generator = np.random.default_rng([prompt_length, keys])
+            filled = sum(self._text(generator, prompt_length, keys, None) is not None for _ in range(FITTING_DRAWS))
+            self._fits[prompt_length, keys] = 5 * filled >= FITTING_DRAWS
+        return self._fits[prompt_length, keys]
 
     def _text(
         self, generator: np.random.Generator, prompt_length: int, keys: int, depths: Sequence[float] | None
@@ -169,11 +173,10 @@ class LineSampler:
 
     def _fill(self, generator: np.random.Generator, names: list[int], spare: int, places: Sequence[int]) -> bool:
         """Exchanges names, but those at `places`, for others that have `spare` tokens more in all; says whether it could."""
-        free = [place for place in range(len(names)) if place not in places]
-        for _ in range(FILLING_DRAWS if free else 0):
+        free = [place for place in generator.permutation(len(names)) if place not in places]
+        for place in free * 2:
             if not spare:
                 break
-            place = free[generator.integers(len(free))]
             candidates = generator.integers(len(self.name_lengths), size=64)
             gains = (self.name_lengths[candidates] - self.name_lengths[names[place]]) * np.sign(spare)
             gains[(gains > abs(spare)) | np.isin(candidates, names)] = 0
