@@ -115,7 +115,7 @@ def test_lines_are_those_that_a_user_would_write(data):
         assert len(text.other_numbers) == written.count("REGISTER_CONTENT is <") - 2
     again = LineSampler(tokenizer, seed=3).text((777, 1), 777, 2, 0, [0.1, 0.9])
     assert again.text_ids.tolist() == text.text_ids.tolist()
-    with pytest.raises(ValueError, match="longer prompt_length"):
+    with pytest.raises(ValueError, match="longer prompts"):
         sampler.text(0, 30)
 
 

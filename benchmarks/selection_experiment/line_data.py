@@ -113,7 +113,7 @@ class LineSampler:
         for _ in range(FITTING_DRAWS):
             if (text := self._text(generator, prompt_length, keys, depths)) is not None:
                 return text
-        raise ValueError(f"no {max(keys, 2)} lines fill a prompt of {prompt_length} tokens: give a longer prompt_length")
+        raise ValueError(f"no {max(keys, 2)} lines fill a prompt of {prompt_length} tokens: give longer prompts")
 
     def fits(self, prompt_length: int, keys: int) -> bool:
         """Whether a fifth of what is drawn, or more, fills such a prompt. Short ones have too few lines to exchange."""

@@ -40,7 +40,9 @@ def test_folder_of_files(prepared, tmp_path):
     assert found.description() == {"books": ["0.txt", "1.txt", "2.txt"]}
     end = tokenizer.eos_token_id
     assert joined(found.ids, end).tolist() == [token for ids in ids_of(BOOKS, tokenizer) for token in (*ids, end)]
-    assert opened(tmp_path, tokenizer, "--most-books", "2").names == ["0.txt", "1.txt"]
+    assert opened(tmp_path, tokenizer, "--most-books", "3").description() == found.description()
+    some = opened(tmp_path, tokenizer, "--most-books", "2")
+    assert some.description() == {"books": ["0.txt", "1.txt"], "first_books": 2}
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no \.txt book"):
         opened(tmp_path / "empty", tokenizer)
@@ -58,7 +60,8 @@ def test_dataset_in_a_folder(prepared, tmp_path):
         "dataset": {"id": "set", "split": "test", "revision": None},
     }
     assert len(opened(folder, tokenizer, "--books-split", "validation").ids) == 1
-    assert len(opened(folder, tokenizer, "--most-books", "2").ids) == 2
+    assert opened(folder, tokenizer, "--most-books", "2").description()["first_books"] == 2
+    assert opened(folder, tokenizer, "--most-books", "3").are_all
     with pytest.raises(ValueError, match=r"set has no \.txt book, and split 'nothing' of a dataset.*cannot be read"):
         opened(folder, tokenizer, "--books-split", "nothing")
 
@@ -90,7 +93,9 @@ def test_dataset_of_the_hub(prepared, monkeypatch):
     assert asked == [("deepmind/pg19", "test", revision, True) for revision in (None, converted)]
     assert [ids.tolist() for ids in found.ids] == ids_of(BOOKS[:2], tokenizer)
     assert found.source == {"id": "deepmind/pg19", "split": "test", "revision": f"commit of {converted}"}
-    assert len(opened("deepmind/pg19", tokenizer, "--books-revision", "v1").ids) == books_module.MOST_BOOKS
+    assert not found.are_all
+    found = opened("deepmind/pg19", tokenizer, "--books-revision", "v1")
+    assert found.description()["first_books"] == len(found.ids) == books_module.MOST_BOOKS
     assert asked[-1] == ("deepmind/pg19", "test", "v1", True)
 
 

@@ -340,6 +340,18 @@ def test_books_that_were_read_from_the_hub_name_their_dataset(remamba, files, tm
     assert not (remamba / ".eval_results" / "remamba-recall.yaml").exists()
 
 
+def test_some_books_are_no_result_of_a_dataset(remamba, files, tmp_path, capsys):
+    source = {"id": "deepmind/pg19", "split": "test", "revision": "0" * 40}
+    for more in ({}, {"dataset": source}):
+        some = changed(
+            files["recall"], tmp_path, lambda results, more=more: results["description"].update(first_books=4, **more)
+        )
+        assert card(remamba, some, more=["--books-dataset", "deepmind/pg19"]) == 0
+        assert "of some books (--most-books), not of all" in capsys.readouterr().err
+        assert not (remamba / ".eval_results").exists()
+        assert {one.dataset_args["first_books"] for one in metrics(remamba).values()} == {4}
+
+
 def test_longbench_has_tasks_buckets_and_averages(remamba, files, tmp_path):
     def one_task(score):
         scores = dict(zip(BUCKETS, (score, score + 3, None), strict=True))

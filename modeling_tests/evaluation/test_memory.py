@@ -13,7 +13,7 @@ from transformers import GPTNeoXForCausalLM, MambaForCausalLM
 from modeling_tests.modeling.tiny_models import tiny_memmamba, tiny_model
 from remamba_hf import MemMambaForCausalLM, ReMambaForCausalLM
 from remamba_hf.evaluation import memory, memory_report, memory_tasks
-from remamba_hf.evaluation.checkpoints import load_model, plain_reading
+from remamba_hf.evaluation.checkpoints import default_batch_tokens, load_model, plain_reading
 from remamba_hf.training.book_tokens import encode_text, read_book, train_book_tokenizer
 from remamba_hf.training.recall_data import RecallSampler
 
@@ -399,13 +399,14 @@ def test_batches_and_chunks_change_nothing(books, memmamba_folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--parts", "passkey", "--lengths", "40", "384"), "longer prompt_length"),
+        (("--parts", "passkey", "--lengths", "40", "384"), "longer prompts"),
         (("--parts", "passkey", "--distractors", "500"), "more than there are names"),
         (("--parts", "passkey", "--samples", "0"), "at least 1"),
         (("--parts", "passkey", "--digits", "0"), "at least 1"),
         (("--parts", "documents", "--distractors", "3"), "documents without the fact"),
         (("--parts", "perplexity", "--perplexity-lengths", "100000"), "longer books"),
-        (("--parts", "perplexity", "--counted", "64"), "shortest window"),
+        (("--parts", "perplexity", "--counted", "64"), "shortest window, of 64: give less --counted,"),
+        (("--parts", "perplexity", "--stride", "64", "--counted", "64"), "shortest window, of 64: give less --stride,"),
         (("--parts", "perplexity", "--counted", "9", "--stride", "8"), "leave out --counted"),
         (("--parts", "passkey", "--lengths", "0"), "at least 1"),
     ],
@@ -415,6 +416,22 @@ def test_what_cannot_be_made_is_refused_before_any_work(books, memmamba_folder, 
     with pytest.raises(ValueError, match=message):
         memory.main(arguments(books, memmamba_folder, tmp_path / "memory.json", *more))
     assert not (tmp_path / "memory.json").exists()
+
+
+def test_a_cpu_reads_less_at_once_unless_told_otherwise(books, memmamba_folder, tmp_path, monkeypatch):
+    read = []
+
+    def evaluate(evaluation, *others):
+        read.append(evaluation.batch_tokens)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "evaluate", evaluate)
+    for more in ([], ["--batch-tokens", "300"]):
+        words = ["--model", str(memmamba_folder), "--books", str(books), "--output", str(tmp_path / "memory.json")]
+        with pytest.raises(KeyboardInterrupt):
+            memory.main([*words, "--perplexity-lengths", "64", "--lengths", "384", "--device", "cpu", *more])
+    assert read == [16_384, 300]
+    assert default_batch_tokens("cuda:1") == 262_144
 
 
 def test_books_too_short_for_the_longest_window_are_left_out(prepared):

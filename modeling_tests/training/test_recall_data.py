@@ -233,7 +233,7 @@ def test_fact_stands_at_the_asked_depth(sampler):
 
 
 def test_prompts_that_cannot_be_made_are_refused(sampler):
-    with pytest.raises(ValueError, match="longer prompt_length"):
+    with pytest.raises(ValueError, match="longer prompts"):
         sampler.sample(0, 30, 3)
     with pytest.raises(ValueError, match="fewer than"):
         sampler.sample(0, 10_000_000)

@@ -2,7 +2,6 @@
 """Books that texts are made of: a folder of .txt files, or a dataset of the Hub such as deepmind/pg19."""
 
 import argparse
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +28,18 @@ class Books:
         names: of each.
         ids: of each, as `encode_text` gives them.
         source: `id`, `split` and `revision` of a dataset; None for a folder of files.
+        are_all: whether the folder, or the split, has no others.
     """
 
     names: list[str]
     ids: list[np.ndarray]
     source: dict[str, str | None] | None = None
+    are_all: bool = True
 
     def description(self) -> dict[str, Any]:
         """What results say of them."""
-        return {"books": self.names, **({} if self.source is None else {"dataset": self.source})}
+        source = {} if self.source is None else {"dataset": self.source}
+        return {"books": self.names, **source, **({} if self.are_all else {"first_books": len(self.names)})}
 
 
 def joined(books: Sequence[np.ndarray], end: int) -> np.ndarray:
@@ -73,18 +75,25 @@ def open_books(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
         ValueError: a book that is empty or no UTF-8, or a dataset that cannot be read.
     """
     folder = Path(options.books).expanduser()
-    source, texts, count = None, None, options.most_books
+    source, texts, count, are_all = None, None, options.most_books, True
     if not folder.exists() or _is_dataset(folder):
-        source, texts = _read_dataset(options.books, options.books_split, options.books_revision, count or MOST_BOOKS)
+        count = count or MOST_BOOKS
+        source, texts = _read_dataset(options.books, options.books_split, options.books_revision)
     else:
-        paths = list_books(folder)[:count]
-        count = len(paths)
+        paths = list_books(folder)
+        count = count or len(paths)
         texts = ((path.name, read_book(path)) for path in paths)
-    names, ids = [], []
-    for name, text in tqdm(texts, desc="encoding books", unit="book", total=count):
-        names.append(name)
-        ids.append(encode_text(text, tokenizer))
-    return Books(names, ids, source)
+    names: list[str] = []
+    ids: list[np.ndarray] = []
+    with tqdm(desc="encoding books", unit="book", total=count) as bar:
+        for name, text in texts:
+            if len(names) == count:
+                are_all = False
+                break
+            names.append(name)
+            ids.append(encode_text(text, tokenizer))
+            bar.update()
+    return Books(names, ids, source, are_all)
 
 
 def _is_dataset(folder: Path) -> bool:
@@ -93,10 +102,8 @@ def _is_dataset(folder: Path) -> bool:
     return any(path.suffix in (".parquet", ".jsonl", ".json") for path in folder.rglob("*"))
 
 
-def _read_dataset(
-    name: str, split: str, revision: str | None, count: int
-) -> tuple[dict[str, str | None], Iterator[tuple[str, str]]]:
-    """What tells a dataset, and its first books."""
+def _read_dataset(name: str, split: str, revision: str | None) -> tuple[dict[str, str | None], Iterator[tuple[str, str]]]:
+    """What tells a dataset, and its books."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -122,7 +129,7 @@ def _read_dataset(
             f"{lacks}, and split {split!r} of a dataset of that name cannot be read: {first_line(error)}"
         ) from error
     known_as = folder.resolve().name if is_local else name
-    return {"id": known_as, "split": split, "revision": commit}, _rows(dataset, f"{name}, {split}", count)
+    return {"id": known_as, "split": split, "revision": commit}, _rows(dataset, f"{name}, {split}")
 
 
 def _commit(name: str, revision: str | None) -> str | None:
@@ -132,9 +139,9 @@ def _commit(name: str, revision: str | None) -> str | None:
     return HfApi().dataset_info(name, revision=revision).sha
 
 
-def _rows(dataset: Any, place: str, count: int) -> Iterator[tuple[str, str]]:
+def _rows(dataset: Any, place: str) -> Iterator[tuple[str, str]]:
     rows = 0
-    for number, row in enumerate(itertools.islice(dataset, count)):
+    for number, row in enumerate(dataset):
         text = row.get(COLUMN)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{place}, row {number} has no text in its column {COLUMN!r}; it has {', '.join(row)}")

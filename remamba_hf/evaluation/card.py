@@ -143,8 +143,11 @@ def _notes(results: Results, datasets: Mapping[str, str]) -> Iterator[str]:
     name = results.file.name
     if not results.is_identified:
         yield f"{name} has no digest of its model: kind and settings were compared, as far as it has them"
-    of = [score.dataset for score in results.scores if score.dataset.is_benchmark]
-    if of and not any(dataset.is_whole for dataset in of):
+    every = [score.dataset for score in results.scores]
+    of = [dataset for dataset in every if dataset.is_benchmark]
+    if not any(dataset.is_whole for dataset in every) and not of:
+        yield f"{name} is of some books (--most-books), not of all: nothing of it is a result for the Hub"
+    elif of and not any(dataset.is_whole for dataset in of):
         yield f"{name} is of some samples (--limit) or does not say of how many: nothing of it is a result for the Hub"
     elif of and not any(_hub_id(dataset, datasets) for dataset in of):
         kind = of[0].kind

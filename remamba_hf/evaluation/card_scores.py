@@ -197,8 +197,12 @@ def read_results(file: Path, model: CardModel) -> Results:
 
 
 def _with_books(score: Score, results: Mapping[str, Any]) -> Score:
-    """A number with the dataset of the Hub that its books were read from, if they were."""
-    read = (results.get("description") or {}).get("dataset") or {}
+    """A number with the dataset of the Hub that its books were read from, if they were, and whether these were all."""
+    description = results.get("description") or {}
+    read, first = description.get("dataset") or {}, description.get("first_books")
+    if first is not None:
+        some = replace(score.dataset, is_whole=False)
+        score = replace(score, dataset=some, settings={**score.settings, "first_books": first})
     if read.get("revision") is None:  # a folder's books or files
         return score
     dataset = replace(score.dataset, hub=read["id"], split=read["split"])

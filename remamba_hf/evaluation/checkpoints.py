@@ -29,6 +29,12 @@ def default_chunk_length(device: str) -> int:
     return CPU_CHUNK_LENGTH if torch.device(device).type == "cpu" else DEFAULT_CHUNK_LENGTH
 
 
+def default_batch_tokens(device: str) -> int:
+    """Tokens of texts of books that are read at once: what keeps a GPU busy; of a CPU, which more do not make faster, what
+    takes seconds and is then on disk."""
+    return 16_384 if torch.device(device).type == "cpu" else 262_144
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What `open_tokenizer` and `open_checkpoint` go by, and `--device` and `--dtype`."""
     parser.add_argument("--tokenizer", metavar="TOKENIZER", help="folder or Hub id; default: MODEL's")

@@ -46,6 +46,7 @@ from .checkpoints import (
     add_model_options,
     check_positions,
     check_tokenizer,
+    default_batch_tokens,
     default_chunk_length,
     describe_checkpoint,
     environment,
@@ -180,12 +181,13 @@ class MemoryEvaluation:
             if not self.long_books:
                 raise ValueError(
                     f"no book has the {max(settings.perplexity_lengths)} tokens of the longest window: give longer books or "
-                    "shorter --perplexity-lengths"
+                    "shorter windows (--lengths; with other parts --perplexity-lengths)"
                 )
             if not 1 <= settings.counted < min(settings.perplexity_lengths):
+                less = "--counted" if settings.stride is None else "--stride"
                 raise ValueError(
                     f"{settings.counted} counted tokens and one before them do not fit into the shortest window, of "
-                    f"{min(settings.perplexity_lengths)}: give less --stride or --counted, or longer windows"
+                    f"{min(settings.perplexity_lengths)}: give less {less}, or longer windows"
                 )
 
     def columns(self, part: str) -> tuple[int, ...]:
@@ -392,7 +394,9 @@ def parse_arguments(
     if parts is None:
         parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
     _add_part_arguments(parser, parts or PARTS)
-    parser.add_argument("--batch-tokens", type=positive, default=262_144, help="tokens read at once: rows times chunk")
+    parser.add_argument(
+        "--batch-tokens", type=positive, help="tokens read at once: rows times chunk (default: 262144, CPU 16384)"
+    )
     parser.add_argument("--chunk-length", type=positive, help="tokens of a row read at once (default: 16384, CPU 4096)")
     add_model_options(parser)
     return parser.parse_args(arguments, argparse.Namespace(**({} if parts is None else {"parts": list(parts)})))
@@ -468,7 +472,8 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None, par
     with launched(options) as (processes, device):
         books = open_books(options, tokenizer)
         chunk_length = options.chunk_length or default_chunk_length(device)
-        evaluation = MemoryEvaluation(tokenizer, books.ids, settings, options.batch_tokens, chunk_length)
+        batch_tokens = options.batch_tokens or default_batch_tokens(device)
+        evaluation = MemoryEvaluation(tokenizer, books.ids, settings, batch_tokens, chunk_length)
         models = load_models(checkpoints, device, options.dtype)
         description = describe(checkpoints, models, books, evaluation)
         results = evaluate(evaluation, models, options.parts, options.output, description, device, processes)

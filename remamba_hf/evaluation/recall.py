@@ -40,6 +40,7 @@ from .checkpoints import (
     check_positions,
     check_tokenizer,
     compression_weights,
+    default_batch_tokens,
     default_chunk_length,
     describe_checkpoint,
     digest,
@@ -421,7 +422,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, program: str | None 
     parser.add_argument("--ratio", type=float, help="compression ratio rho (default: the model's)")
     parser.add_argument("--only-compressed", action="store_true", help="leave out reading without compression")
     parser.add_argument("--perplexity-tokens", type=int, default=512, help="0 leaves perplexity out")
-    parser.add_argument("--batch-tokens", type=positive, default=262_144, help="prompt tokens read at once")
+    parser.add_argument("--batch-tokens", type=positive, help="prompt tokens read at once (default: 262144, CPU 16384)")
     add_model_options(parser)
     return parser.parse_args(arguments)
 
@@ -480,9 +481,8 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
             **books.description(),
             "tokens": len(tokens),
         }
-        results = evaluate(
-            models, tokenizer, tokens, settings, options.output, options.batch_tokens, description, device, processes
-        )
+        batch_tokens = options.batch_tokens or default_batch_tokens(device)
+        results = evaluate(models, tokenizer, tokens, settings, options.output, batch_tokens, description, device, processes)
     if processes.rank > 0:
         return
     print(markdown_table(results))

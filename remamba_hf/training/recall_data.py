@@ -375,7 +375,7 @@ class RecallSampler:
     def _text(self, generator: np.random.Generator, length: int) -> np.ndarray:
         """Returns book text that ends with a line end."""
         if length < 1:
-            raise ValueError("the prompt is too short for its facts and its question: give a longer prompt_length")
+            raise ValueError("the prompt is too short for its facts and its question: give longer prompts")
         if length > len(self.tokens):
             raise ValueError(f"the books have {len(self.tokens)} tokens, fewer than the {length} asked for")
         start = int(generator.integers(0, len(self.tokens) - length + 1))
