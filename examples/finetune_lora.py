@@ -220,7 +220,8 @@ def record_of(trainer: InstructionTrainer, arguments: argparse.Namespace) -> dic
         "step_peak_bytes": [step for step, _ in peaks] if cuda else None,
         "peak_bytes": [whole for _, whole in peaks] if cuda else None,
         "versions": {package.__name__: package.__version__ for package in (remamba_hf, torch, transformers, peft)},
-        "history": trainer.state.log_history,
+        # Without the last entry's train_loss and speed: of a resumed run they are of the rest alone, but by all steps.
+        "history": [entry for entry in trainer.state.log_history if "train_loss" not in entry],
     }
 
 

@@ -149,7 +149,10 @@ FORWARDS = [
     (dict(prefill_chunk_length=5), "prefill_chunk_length is for inference.*no_grad"),
     (dict(seq_idx=torch.zeros(2, 20, dtype=torch.int32)), "Packed rows.*Pad the examples"),
     (dict(cu_seq_lens_q=torch.tensor([0, 20, 40])), "Packed rows.*Pad the examples"),
+    (dict(cu_seqlens=torch.tensor([0, 20, 40])), "Packed rows.*Pad the examples"),
     (dict(position_ids=torch.arange(20).remainder(10).expand(2, -1)), "position_ids restart.*pad the examples"),
+    (dict(position_ids=torch.arange(20)[None].sub(1).clamp(min=0)), "position_ids restart.*pad the examples"),
+    (dict(attention_mask=MASK, position_ids=torch.zeros(2, 20, dtype=torch.long)), "position_ids restart.*pad the examples"),
     (dict(output_attentions=True), "no attention maps.*Leave it out"),
 ]
 
@@ -237,6 +240,17 @@ def test_configurations_of_the_memory_are_checked_at_load(tmp_path):
 def test_forwards(any_model, given, words):
     with pytest.raises(ValueError, match=matching(words)):
         any_model(**{**dict(input_ids=IDS), **given})
+
+
+@pytest.mark.parametrize("of_pads", [0, 1, -1, 7])
+def test_pads_may_have_any_position(any_model, of_pads):
+    """Left of a row, inside it and behind it."""
+    mask = MASK.clone()
+    mask[0, :6] = mask[0, 9:11] = mask[1, 15:] = 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, of_pads)
+    with torch.no_grad():
+        given = any_model(IDS, attention_mask=mask, position_ids=positions).logits
+        torch.testing.assert_close(given, any_model(IDS, attention_mask=mask).logits, rtol=0, atol=0)
 
 
 @pytest.mark.smoke

@@ -3,8 +3,11 @@
 itself."""
 
 import json
+import os
 import shutil
+import signal
 import stat
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -102,6 +105,22 @@ def test_the_command_refuses_what_it_cannot_serve(tmp_path, capsys):
         assert message in err
         assert not out
         assert "Traceback" not in err
+
+
+@needs_cards
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM")
+def test_a_terminated_command_leaves_no_files(tmp_path):
+    pytest.importorskip("gradio")
+    command = [sys.executable, "-m", "remamba_hf.cli", "ui", "--model", str(CARDS / "remamba-tiny"), "--device", "cpu"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(CARDS.parent)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
+        address = process.stdout.readline()
+        assert address.startswith("http://127.0.0.1:"), address
+        assert list(tmp_path.glob("remamba-ui-*"))
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("remamba-ui-*"))
 
 
 def test_without_gradio_the_error_names_the_extra(monkeypatch):

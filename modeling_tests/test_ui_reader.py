@@ -109,6 +109,19 @@ def test_stop_while_answering_keeps_what_there_is(reader, monkeypatch):
 
 
 @needs_cards
+def test_a_question_that_was_replaced_says_nothing_more(reader):
+    first = answer_events(reader, "a", document(400_000), None, QUESTION, 4, {})
+    while "Reading: " not in next(first)["status"]:
+        pass
+    second = answer_events(reader, "a", document(1500), None, QUESTION, 8, {})
+    next(second)
+    next(second)
+    assert list(first) == []
+    assert list(second)[-1]["answer"] == "48213"
+    assert not reader._jobs
+
+
+@needs_cards
 def test_one_at_a_time_and_a_closed_page_lets_the_next_begin(reader):
     first = answer_events(reader, "a", document(400_000), None, QUESTION, 4, {})
     while "Reading: " not in next(first)["status"]:

@@ -2,10 +2,13 @@
 """The `remamba` command: doctor, convert, generate, ui, eval, card."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import platform
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -342,17 +345,31 @@ def _ui(options: argparse.Namespace) -> int:
 
     if not options.debug:
         logging.disable_progress_bar()  # of loading weights
-    serve(
-        options.model,
-        options.revision,
-        device=options.device,
-        dtype=options.dtype,
-        host=options.host,
-        port=options.port,
-        prefill_chunk_length=options.prefill_chunk_length,
-        ready=lambda address: print(f"{address}  (Ctrl+C ends it)", flush=True),
-    )
+    with _sigterm_exits():
+        serve(
+            options.model,
+            options.revision,
+            device=options.device,
+            dtype=options.dtype,
+            host=options.host,
+            port=options.port,
+            prefill_chunk_length=options.prefill_chunk_length,
+            ready=lambda address: print(f"{address}  (Ctrl+C ends it)", flush=True),
+        )
     return 0
+
+
+@contextlib.contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """`kill`, and what ends services and containers, lets files be deleted as Ctrl+C does."""
+    if threading.current_thread() is not threading.main_thread():  # others can set no handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _eval(options: argparse.Namespace) -> int:

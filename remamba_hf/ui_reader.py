@@ -63,6 +63,7 @@ class Job:
     answer: as far as it has come.
     two_passes: whether the document is compressed, for which it is read twice.
     stop: set it to end the reading.
+    replaced: whether its session has asked again meanwhile, and shows that.
     started: whether its turn has come.
     progress: tokens read and to read.
     prompt, marks, memory: known at the end: the text that was read, what of it was kept or noted, the peak in words.
@@ -74,6 +75,7 @@ class Job:
     answer: _Answer
     two_passes: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
+    replaced: bool = False
     started: bool = False
     progress: tuple[int, int] = (0, 0)
     prompt: str = ""
@@ -107,6 +109,8 @@ class Reader:
         self, session: str, document: str, question: str | None, max_new_tokens: int, **compression: Any
     ) -> tuple[Job, "Future[Reading]"]:
         """Puts a question in line. A session has one at a time: an earlier one is stopped."""
+        if (earlier := self._jobs.get(session)) is not None:
+            earlier.replaced = True
         self.stop(session)
         options = {"max_new_tokens": max_new_tokens, **compression}
         two_passes = compression.get("compress_prompt", self.family.compresses)
@@ -268,7 +272,9 @@ def answer_events(
         job, future = reader.submit(session, document, asked, int(max_new_tokens), **compression)
         yield from _until_done(job, future)
         reading = future.result()
-        empty = "" if reading.answer else " The answer is empty: the model ended at once."
+        if job.replaced:
+            return
+        empty = "" if reading.answer else " The answer is empty."
         yield {
             "status": status_html("Stopped." if job.stop.is_set() else f"Done.{empty}"),
             "answer": reading.answer,
@@ -278,7 +284,8 @@ def answer_events(
             "running": False,
         }
     except (_Stopped, CancelledError):
-        yield {"status": status_html("Stopped before the document was read."), "running": False}
+        if job is None or not job.replaced:
+            yield {"status": status_html("Stopped before the document was read."), "running": False}
     except Exception as error:  # the page says what happened and takes the next question
         yield {"status": error_html(_sentence(error)), "running": False}
     finally:  # also where the page was closed meanwhile
@@ -293,7 +300,7 @@ def _until_done(job: Job, future: "Future[Reading]") -> Iterator[dict[str, Any]]
         if job.stop.is_set():
             future.cancel()  # where its turn has not come
         now = {"status": _status_of(job), "answer": job.answer.text.lstrip()}
-        if now != shown:
+        if now != shown and not job.replaced:
             shown = now
             yield now
         wait([future], _POLL_SECONDS)

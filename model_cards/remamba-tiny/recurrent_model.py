@@ -300,7 +300,7 @@ class RecurrentModel(RecurrentBackbone, RecurrentPreTrainedModel):
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
-        cache_params = _checked_arguments(kwargs, cache_params)
+        cache_params = _checked_arguments(kwargs, cache_params, attention_mask)
         self.check_cache(cache_params)
         check_shapes(input_ids, inputs_embeds, labels)
         if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -451,7 +451,9 @@ def _check_cache_rows(cache_params: Cache | None, batch: int) -> None:
             )
 
 
-def _checked_arguments(kwargs: dict[str, Any], cache_params: Cache | None) -> Cache | None:
+def _checked_arguments(
+    kwargs: dict[str, Any], cache_params: Cache | None, attention_mask: torch.Tensor | None
+) -> Cache | None:
     """The cache under either of its names; raises on arguments that this model would have to ignore."""
     misspelt = [name for name in kwargs if name.startswith(("compres", "prefil", "prompt"))]
     if misspelt:
@@ -460,13 +462,13 @@ def _checked_arguments(kwargs: dict[str, Any], cache_params: Cache | None) -> Ca
             "compress prompts."
         )
     cache = kwargs.pop("past_key_values", None)
-    if any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")):
+    if any(name.startswith(("seq_idx", "cu_seq")) and value is not None for name, value in kwargs.items()):
         raise ValueError(
             "Packed rows (seq_idx, cu_seq_lens_*) are not supported: every row has one text and one state. Pad the examples "
             "to a batch instead, e.g. with DataCollatorForSeq2Seq."
         )
     positions = kwargs.pop("position_ids", None)
-    if positions is not None and positions.shape[-1] > 1 and (positions.diff(dim=-1) < 0).any():
+    if positions is not None and positions.shape[-1] > 1 and _restart(positions, attention_mask):
         raise ValueError(
             "position_ids restart inside a row, which is how packed rows look. They are not supported: pad the examples "
             "to a batch instead."
@@ -474,6 +476,15 @@ def _checked_arguments(kwargs: dict[str, Any], cache_params: Cache | None) -> Ca
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions=True: Mamba has no attention maps. Leave it out.")
     return cache if cache_params is None else cache_params
+
+
+def _restart(positions: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    """Whether a token of a row has no later position [..., L] than one before it; pads, which a mask tells, may have any."""
+    if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] < positions.shape[-1]:
+        return bool((positions.diff(dim=-1) <= 0).any())
+    is_token = attention_mask[:, -positions.shape[-1] :].to(positions.device) != 0
+    latest = torch.where(is_token, positions, -1).cummax(-1).values
+    return bool((is_token[:, 1:] & (positions[..., 1:] <= latest[..., :-1])).any())
 
 
 def _checked_mask(attention_mask: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor | None:

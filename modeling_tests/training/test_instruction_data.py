@@ -121,6 +121,13 @@ def test_empty_texts_are_skipped_only_if_asked(tmp_path):
     assert len(read_pairs(path, skip_empty=True)) == 2
 
 
+@pytest.mark.parametrize("lines", [[], ["", "  "], ['{"prompt": "", "response": "r"}']], ids=["empty", "blank", "skipped"])
+def test_files_without_any_pair(tmp_path, lines):
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InstructionDataError, match=r"a.jsonl has no pair of a prompt and a response: give files"):
+        read_pairs(tmp_path / "a.jsonl", skip_empty=True)
+
+
 def test_sources_that_are_not_there(tmp_path):
     with pytest.raises(InstructionDataError, match="no file or folder"):
         read_pairs(tmp_path / "nothing.jsonl")

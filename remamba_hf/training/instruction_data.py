@@ -212,7 +212,8 @@ def read_pairs(
         streaming: read when asked, without a copy on disk. Otherwise all is read, and checked, now.
 
     Raises:
-        InstructionDataError: a record that cannot be used, by file and line; when streaming, as it is met.
+        InstructionDataError: a record that cannot be used, by file and line; when streaming, as it is met. Or, but when
+            streaming, no pair at all.
     """
     reader = PairReader(tokenizer, columns, group, skip_empty)
     if not Path(source).exists():
@@ -222,8 +223,9 @@ def read_pairs(
     if streaming:
         return IterableDataset.from_generator(_generate_pairs, gen_kwargs=arguments, features=PAIR_FEATURES)
     digest = content_digest("pairs", reader.digest(), *map(_file_digest, files))
+    arguments["source"] = str(source)
     with raised_plainly():
-        return Dataset.from_generator(_generate_pairs, gen_kwargs=arguments, features=PAIR_FEATURES, fingerprint=digest)
+        return Dataset.from_generator(_generate_some_pairs, gen_kwargs=arguments, features=PAIR_FEATURES, fingerprint=digest)
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,14 @@ def _generate_pairs(files: Sequence[str], reader: PairReader) -> Iterator[dict[s
         for where, record in read_records(file):
             if (pair := reader(record, where)) is not None:
                 yield pair
+
+
+def _generate_some_pairs(files: Sequence[str], reader: PairReader, source: str) -> Iterator[dict[str, str]]:
+    pair = None
+    for pair in _generate_pairs(files, reader):
+        yield pair
+    if pair is None:
+        raise InstructionDataError(f"{source} has no pair of a prompt and a response: give files with some.")
 
 
 def _hub_pairs(source: str, revision: str | None, streaming: bool, reader: PairReader) -> Dataset | IterableDataset:
