@@ -17,14 +17,13 @@ import torch
 
 from modeling_tests.modeling.tiny_models import assert_close, assert_same_cache, random_rows, tiny_model
 from modeling_tests.modeling.tritons_interpreter import INTERPRETED, kernels_only_on_gpus, run_in_interpreter
-from remamba_hf.modeling import decode_kernels
+from remamba_hf.modeling import decode_kernels, tail_kernels
 from remamba_hf.modeling.decode_kernels import (
     ChannelPlan,
+    Convolution,
     LinearPlan,
     PartsPlan,
     StepPlan,
-    convolution_and_projection,
-    convolution_and_projection_naive,
     convolution_step,
     convolution_step_naive,
     dual_plan,
@@ -38,9 +37,6 @@ from remamba_hf.modeling.decode_kernels import (
     norm_linear,
     norm_linear_naive,
     parts_plan,
-    projection_plan,
-    selective_step,
-    selective_step_naive,
     selective_update,
     selective_update_naive,
     step_from_parts,
@@ -49,6 +45,7 @@ from remamba_hf.modeling.decode_kernels import (
     update_plan,
 )
 from remamba_hf.modeling.optional_kernels import without_kernels
+from remamba_hf.modeling.tail_kernels import new_counters
 
 CPU = torch.device("cpu")
 # The interpreter cuts bfloat16 off instead of rounding to the nearest: every error doubles, and all have one sign.
@@ -72,11 +69,14 @@ def kernels_run(device: torch.device) -> Iterator[None]:
         launched.append(kernel)
         launch(kernel, *arguments, **constants)
 
-    decode_kernels._launch = counted
+    modules: Any = (decode_kernels, tail_kernels)
+    for module in modules:
+        module._launch = counted
     try:
         yield
     finally:
-        decode_kernels._launch = launch
+        for module in modules:
+            module._launch = launch
     assert bool(launched) == kernels_can_run(device)
 
 
@@ -222,6 +222,8 @@ def test_norm_linear(case, dtype, rows):
     [
         LinearPlan(1, 8, 32, 3),
         LinearPlan(1, 16, 128, 2, fused_norm=False),
+        LinearPlan(1, 8, 16, 3, warps=1, ahead=3),
+        LinearPlan(16, 16, 16, 2, ahead=2),
         LinearPlan(16, 16, 16, 4),
         LinearPlan(16, 64, 32, 2, fused_norm=False),
         LinearPlan(64, 32, 32, 3),
@@ -299,11 +301,9 @@ def check_convolution(
     bias: bool = True,
     active: bool = False,
     state_dtype: torch.dtype | None = None,
-    projected: int = 0,
     plan: ChannelPlan | None = None,
     compare: Compare = assert_near,
 ) -> None:
-    """`convolution_step`, or with the projection to `projected` channels."""
     rows, channels, width = sizes
     numbers = Numbers(device, dtype)
     arguments = dict(
@@ -314,25 +314,76 @@ def check_convolution(
         active=numbers.some(rows) if active else None,
     )
     out = torch.full((rows, channels + 2), float("nan"), device=device, dtype=dtype)[:, 1:-1]
-    if projected:
-        arguments["projection"] = numbers.normal(projected, channels, scale=channels**-0.5)
-        functions = convolution_and_projection, convolution_and_projection_naive
-    else:
-        functions = convolution_step, convolution_step_naive
-    check(*functions, arguments, out, compare, plan, f"{functions[0].__name__} {sizes} {dtype}")
+    check(convolution_step, convolution_step_naive, arguments, out, compare, plan, f"convolution_step {sizes} {dtype}")
 
 
-@pytest.mark.parametrize("projected", [0, 13])
 @pytest.mark.parametrize(("dtype", "rows"), SINGLE_ROWS)
 @pytest.mark.parametrize("width", [2, 3, 4])
-def test_convolution(width, dtype, rows, projected):
-    sizes = (rows, 83 if projected else 131, width)  # neither fits into its blocks
-    check_convolution(CPU, dtype, sizes, bias=width != 3, active=rows != 2, projected=projected)
+def test_convolution(width, dtype, rows):
+    check_convolution(CPU, dtype, (rows, 131, width), bias=width != 3, active=rows != 2)
 
 
 def test_convolution_of_narrow_inputs_with_a_wide_state():
-    for projected in (0, 5):
-        check_convolution(CPU, torch.bfloat16, (2, 20, 4), state_dtype=torch.float32, projected=projected)
+    check_convolution(CPU, torch.bfloat16, (2, 20, 4), state_dtype=torch.float32)
+
+
+def check_convolved_outputs(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int, int],
+    first: int,
+    bias: bool = True,
+    state_dtype: torch.dtype | None = None,
+    plan: LinearPlan | None = None,
+    compare: Compare = assert_near,
+) -> None:
+    """`norm_linear` with a convolution, and with counters."""
+    rows, outputs, inputs, channels, width = sizes
+    numbers = Numbers(device, dtype)
+    counters = torch.ones(64, dtype=torch.int32, device=device)
+
+    def convolved(function: Callable) -> Callable:
+        def call(kernel: Any, kernel_bias: Any, state: Any, **others: Any) -> torch.Tensor:
+            counters.fill_(1)
+            y = function(**others, convolution=Convolution(first, kernel, kernel_bias, state), counters=counters)
+            assert not counters.any()
+            return y
+
+        return call
+
+    arguments = dict(
+        x=numbers.view(rows, inputs, dtype=torch.float32),
+        weight=numbers.normal(outputs, inputs, scale=inputs**-0.5),
+        bias=numbers.normal(outputs) if bias else None,
+        norm_weight=numbers.normal(inputs, scale=0.3, mean=1.0),
+        kernel=numbers.normal(channels, width),
+        kernel_bias=numbers.normal(channels) if bias else None,
+        state=numbers.state(rows, channels, width, dtype=state_dtype),
+    )
+    out = torch.full((rows, outputs + 2), float("nan"), device=device, dtype=dtype)[:, 1:-1]
+    name = f"convolved outputs {sizes} {dtype}"
+    functions = convolved(norm_linear), convolved(norm_linear_naive)
+    check(*functions, arguments, out, compare, plan, name, state_cap=CAPS[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "rows"), SINGLE_ROWS)
+@pytest.mark.parametrize(("first", "channels", "width"), [(0, 50, 4), (0, 20, 3), (17, 20, 2), (13, 37, 4)])
+def test_convolved_outputs(first, channels, width, dtype, rows):
+    check_convolved_outputs(CPU, dtype, (rows, 50, 70, channels, width), first, bias=width != 3)
+
+
+def test_convolved_outputs_with_a_wide_state():
+    check_convolved_outputs(CPU, torch.bfloat16, (1, 50, 70, 20, 4), 5, state_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [LinearPlan(1, 16, 32, 2, 4, True, 2), LinearPlan(1, 4, 64, 3, 1, True, 2), LinearPlan(1, 8, 32, 3, 4, False)],
+    ids=str,
+)
+def test_convolved_outputs_however_they_are_cut(plan):
+    for rows in (1, 3):
+        check_convolved_outputs(CPU, torch.float32, (rows, 50, 100, 31, 4), 9, plan=plan)
 
 
 def check_linear_in_parts(
@@ -433,11 +484,10 @@ def test_the_sums_are_rounded_as_the_modules_round_them():
         check_rounding_of_sums(CPU, torch.float16, rows)
 
 
-def check_selective_step(
+def check_selective_update(
     device: torch.device,
     dtype: torch.dtype,
     sizes: tuple[int, int, int, int],
-    parts: int = 3,
     skip: bool = True,
     active: bool = False,
     state_dtype: torch.dtype = torch.float32,
@@ -445,21 +495,14 @@ def check_selective_step(
     plan: ChannelPlan | None = None,
     compare: Compare = assert_near,
 ) -> None:
-    """`selective_step`, or with 0 parts `selective_update`, which with rank 0 gets B and C alone."""
+    """With rank 0 it is given B and C alone."""
     rows, channels, size, rank = sizes
     numbers = Numbers(device, dtype)
-    functions = (selective_step, selective_step_naive) if parts else (selective_update, selective_update_naive)
-    if parts:
-        given = dict(
-            partials=numbers.normal(parts, rows, rank + 2 * size, dtype=torch.float32, scale=parts**-0.5),
-            step_weight=numbers.normal(channels, rank, scale=rank**-0.5),
-        )
-    else:
-        given = dict(projected=numbers.view(rows, rank + 2 * size), step=numbers.view(rows, channels, skipped=4))
     arguments = dict(
         x=numbers.view(rows, channels),
         z=numbers.view(rows, channels, skipped=2),
-        **given,
+        projected=numbers.view(rows, rank + 2 * size),
+        step=numbers.view(rows, channels, skipped=4),
         step_bias=numbers.normal(channels, dtype=bias_dtype, mean=-3.0, scale=2.0),
         A=-torch.exp(numbers.normal(channels, size, dtype=torch.float32)),
         D=numbers.normal(channels, dtype=torch.float32) if skip else None,
@@ -467,32 +510,29 @@ def check_selective_step(
         active=numbers.some(rows) if active else None,
     )
     out = torch.full((rows, channels + 2), float("nan"), device=device, dtype=dtype)[:, 1:-1]
-    name = f"{functions[0].__name__} {sizes} {dtype}"
-    check(*functions, arguments, out, compare, plan, name, state_cap=CAPS[dtype])
+    name = f"selective_update {sizes} {dtype}"
+    check(selective_update, selective_update_naive, arguments, out, compare, plan, name, state_cap=CAPS[dtype])
 
 
 @pytest.mark.parametrize(("dtype", "rows"), SINGLE_ROWS)
-@pytest.mark.parametrize(
-    ("size", "rank", "parts"), [(4, 3, 1), (16, 7, 5), (6, 1, 70), (64, 17, 40), (16, 3, 0), (5, 7, 0), (16, 0, 0)]
-)
-def test_selective_step(size, rank, parts, dtype, rows):
-    check_selective_step(CPU, dtype, (rows, 35, size, rank), parts, skip=rank != 7, active=rows != 2)
+@pytest.mark.parametrize(("size", "rank"), [(4, 3), (16, 3), (5, 7), (16, 0), (64, 17)])
+def test_selective_update(size, rank, dtype, rows):
+    check_selective_update(CPU, dtype, (rows, 35, size, rank), skip=rank != 7, active=rows != 2)
 
 
-def test_selective_step_with_narrow_states_and_biases():
+def test_selective_update_with_narrow_states_and_biases():
     for rows in (1, 6):
-        check_selective_step(CPU, torch.bfloat16, (rows, 40, 16, 5), state_dtype=torch.bfloat16, bias_dtype=torch.bfloat16)
+        check_selective_update(CPU, torch.bfloat16, (rows, 40, 16, 5), state_dtype=torch.bfloat16, bias_dtype=torch.bfloat16)
 
 
 def check_step_rounding(device: torch.device, dtype: torch.dtype, rows: int, bias_dtype: torch.dtype) -> None:
     """From an empty state, h = dt B x shows the step size in float32, and any digit of it that was not rounded away."""
     numbers = Numbers(device, dtype)
     ones, zeros = torch.ones(rows, 40, dtype=dtype, device=device), torch.zeros(rows, 40, 1, device=device)
-    partials = numbers.normal(1, rows, 3, dtype=torch.float32)
-    weight, bias = numbers.normal(40, 1), numbers.normal(40, dtype=bias_dtype)
+    step, bias = numbers.normal(rows, 40), numbers.normal(40, dtype=bias_dtype)
     states = zeros.clone(), zeros.clone()
-    for function, state in zip((selective_step, selective_step_naive), states, strict=True):
-        function(ones, ones, partials, weight, bias, zeros[0] - 1, None, state)
+    for function, state in zip((selective_update, selective_update_naive), states, strict=True):
+        function(ones, ones, ones[:, :2], step, bias, zeros[0] - 1, None, state)
     assert_near("state", *states, 1e-6)
 
 
@@ -567,7 +607,9 @@ def check_model_step(device: torch.device, family: str, rows: int, compare: Comp
             for block, layer in zip(model.backbone.layers, own.layers, strict=True):
                 states = layer.conv_states[0], layer.recurrent_states[0]
                 rates = block.mixer.decay_rates()
-                hidden_states = block.mixer.fused_step(hidden_states, block.norm, *states, rates, block.residual_in_fp32)
+                counters = new_counters(rows, device)
+                fused = hidden_states, block.norm, *states, rates, counters, block.residual_in_fp32
+                hidden_states = block.mixer.fused_step(*fused)
             norm = model.backbone.norm_f
             logits = norm_linear(hidden_states, model.lm_head.weight, None, norm.weight, norm.eps)
     compare(f"{family}, logits of {rows} rows", logits, expected, 1e-5)
@@ -643,11 +685,12 @@ def test_plans_of_small_products_fit_the_card(rows, inputs, rank, item_size):
 
 def test_plans_of_the_large_models():
     """What the docstrings promise for the shapes of mamba-2.8b and mamba2-2.7b."""
-    assert linear_plan(1, 10240, 2560)[1:4] == (8, 512, 3)
+    assert linear_plan(1, 10240, 2560)[1:4] == (16, 256, 3)
+    assert linear_plan(1, 10576, 2560)[1:4] == (8, 512, 3)
     assert linear_plan(1, 2560, 5120)[1:4] == (4, 1024, 5)
+    assert linear_plan(1, 3072, 768) == (1, 4, 256, 2, 1, True, 3)
     assert linear_plan(1, 10240, 2560).fused_norm
     assert not linear_plan(64, 10240, 2560).fused_norm
-    assert -(-5120 // projection_plan(5120, 192).channels) == 40
     assert update_plan(5120, 16) == (32, 4)
     for rows, programs in ((4, 60), (16, 60), (64, 120)):
         plan = parts_plan(rows, 192, 5120)
@@ -686,12 +729,12 @@ def test_without_triton_the_references_run():
 @pytest.mark.parametrize("part", ["result", "state"])
 def test_the_checks_find_errors(part, monkeypatch):
     """A kernel that drops what it should do is noticed: here one of the reference's arguments changes."""
-    naive = selective_step_naive
+    naive = selective_update_naive
 
     def other(**arguments: Any) -> torch.Tensor:
         arguments["D" if part == "result" else "A"] *= 1.001
         return naive(**arguments)
 
-    monkeypatch.setitem(check_selective_step.__globals__, "selective_step_naive", other)
+    monkeypatch.setitem(check_selective_update.__globals__, "selective_update_naive", other)
     with pytest.raises(AssertionError, match="rms ratio"):
-        check_selective_step(CPU, torch.float32, (2, 20, 4, 3))
+        check_selective_update(CPU, torch.float32, (2, 20, 4, 3))
