@@ -29,7 +29,7 @@ from selection_experiment.line_data import LineSampler  # noqa: E402
 from selection_experiment.preparation import prepare, tokenizer_and_tokens  # noqa: E402
 from selection_experiment.recipe import ARMS, FULL, TINY, Training  # noqa: E402
 from selection_experiment.steps import Experiment  # noqa: E402
-from selection_experiment.training import OutOfTime, arm_model  # noqa: E402
+from selection_experiment.training import FAILED, STARTS, NotLearned, OutOfTime, arm_model  # noqa: E402
 
 LINE = "line open-door: REGISTER_CONTENT is <123>\n"
 TEXT = "".join(
@@ -330,6 +330,53 @@ def test_an_unfinished_training_goes_on_elsewhere(run, data, tmp_path):
     assert ours["steps"] == whole["steps"] == 6
 
 
+def test_echoes_come_first(data):
+    tokenizer, tokens = tokenizer_and_tokens(data)
+    training = replace(SMALL.trunk, echo_steps=2)
+
+    def batches(seed):
+        sampler = MixedSampler(RecallSampler(tokens, tokenizer, seed, 1), LineSampler(tokenizer, seed), 0.0)
+        return PhasedBatches(training, sampler)
+
+    ours = batches(3)
+    for step in range(2):
+        batch = ours[step]
+        first, second = batch["input_ids"].chunk(2, dim=1)
+        length = batch["prompt_length"]
+        assert torch.equal(first, second)
+        assert first.shape == (256 // (2 * length), length)
+        assert torch.equal(batch["labels"][:, length + 1 :], second[:, 1:])
+        assert (batch["labels"][:, : length + 1] == -100).all()
+        assert not batch["compress_prompt"]
+        assert torch.equal(batches(3)[step]["input_ids"], batch["input_ids"])
+    assert not torch.equal(batches(4)[0]["input_ids"][:, :16], ours[0]["input_ids"][:, :16])
+    assert ours[2]["prompt_length"] == 128, "phases count from the first step on"
+
+
+def test_a_start_that_does_not_learn_is_given_up(data, tmp_path, run, capsys):
+    recipe = replace(SMALL, trunk=replace(SMALL.trunk, must_match=0.9, echo_steps=1))
+    lab = experiment(tmp_path / "run", data)
+    (lab.run / "base").symlink_to(run / "base")
+    seeds, sampler = [], lab.sampler
+    lab.recipe, lab.sampler = recipe, lambda *of, seed: seeds.append(seed) or sampler(*of, seed)
+    with pytest.raises(NotLearned, match="change the recipe"):
+        lab.trunk()
+    assert seeds == [1000, 1001, 1002, 1003]
+    failed = read(lab.run / "trunk" / FAILED)
+    assert [entry["step"] for entry in failed] == [4] * STARTS, "the first log behind the first phase"
+    assert all(entry["match"] < 0.9 for entry in failed)
+    assert not (lab.run / "trunk" / "training.json").exists()
+
+    (lab.run / "trunk" / FAILED).write_text(json.dumps(failed[:1]))
+    lab.recipe = replace(SMALL, trunk=replace(recipe.trunk, must_match=0.0))
+    lab.trunk()
+    assert seeds[-1] == 1001
+    record = read(lab.run / "trunk" / "training.json")
+    assert record["failed_starts"] == failed[:1]
+    assert record["steps"] == 6
+    assert read(run / "trunk" / "training.json")["failed_starts"] == []
+
+
 def test_steps_say_what_is_missing(data, tmp_path, capsys):
     lab = experiment(tmp_path / "run", data)
     with pytest.raises(FileNotFoundError, match="run the step pretrain first"):
@@ -351,6 +398,7 @@ def test_recipes_hold_together():
     for recipe in (FULL, TINY, SMALL):
         for training in (recipe.trunk, recipe.tuning):
             assert sum(share for share, _ in training.phases) == pytest.approx(1)
+            assert training.echo_steps < training.first_phase_end()
             phases = [training.phase(step) for step in range(training.steps)]
             assert phases == sorted(phases)
             for number, (share, _) in enumerate(training.phases):

@@ -18,6 +18,8 @@ from remamba_hf.training.two_stage_trainer import PromptResponseCollator
 from .line_data import LineSampler
 from .recipe import Recipe, Training
 
+ECHO_LENGTHS = (16, 24, 32)  # of the pieces that are said twice
+
 
 class BookBatches(Dataset):
     """Pieces of books for pretraining: item `step` has `input_ids` and `labels`, the same `int64[B, L]`.
@@ -41,6 +43,43 @@ class BookBatches(Dataset):
         rows = np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
         ids = torch.from_numpy(rows)
         return {"input_ids": ids, "labels": ids}
+
+
+def echo_batch(training: Training, tokens: np.ndarray, seed: int, step: int) -> dict[str, Any]:
+    """Pieces of books that are said twice, as a batch of `RecallDataset` whose answers are the second saying but its first
+    token, and whose evidence is not known.
+
+    Args:
+        tokens: of the books.
+    """
+    generator = np.random.default_rng([seed, step, 5])
+    length = int(generator.choice(ECHO_LENGTHS))
+    rows = max(training.tokens_per_batch // (2 * length), 1)
+    starts = generator.integers(0, len(tokens) - length + 1, size=rows)
+    pieces = np.stack([tokens[start : start + length] for start in starts]).astype(np.int64)
+    ids = torch.from_numpy(np.concatenate([pieces, pieces], axis=1))
+    labels = ids.clone()
+    labels[:, : length + 1] = -100
+    return _without_evidence(ids, labels, length, (1.0, 1.0), compress=False)
+
+
+def _without_evidence(
+    ids: torch.Tensor, labels: torch.Tensor, prompt_length: int, compression: tuple[float, float], compress: bool
+) -> dict[str, Any]:
+    """A batch in the form of `RecallDataset`'s; what it knows nothing of stands behind every window."""
+    nowhere = torch.tensor([[prompt_length, prompt_length + 1]]).expand(len(ids), 2)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "prompt_length": prompt_length,
+        "questions": 1,
+        "evidence": nowhere,
+        "digits": nowhere,
+        "compression_span": compression[0],
+        "compression_ratio": compression[1],
+        "compress_prompt": compress,
+        "level": 0,
+    }
 
 
 class MixedSampler:
@@ -102,12 +141,12 @@ class Instructions:
 
 
 class PhasedBatches(Dataset):
-    """Batches of planted facts or of lines as those of `RecallDataset`, and of instructions in the same form, in which no
-    evidence is known (`evidence` and `digits` stand behind every window).
+    """Batches of planted facts or of lines as those of `RecallDataset`, and of instructions and echoes in the same form, in
+    which no evidence is known.
 
     Args:
         training: whose steps and phases these are.
-        sampler: of facts and lines.
+        sampler: of facts and lines, and of the books whose pieces are echoed.
         instructions: None: none.
         share: of the batches that are instructions.
     """
@@ -116,6 +155,7 @@ class PhasedBatches(Dataset):
         self, training: Training, sampler: MixedSampler, instructions: Instructions | None = None, share: float = 0.0
     ) -> None:
         self.training, self.instructions, self.share, self.seed = training, instructions, share, sampler.seed
+        self.books = sampler.recall.tokens
         self.levels = [level for _, level in training.phases]
         self.recall = [RecallDataset(sampler, [level], training.tokens_per_batch, training.steps) for level in self.levels]
         self.collate = PromptResponseCollator(sampler.padding)
@@ -127,6 +167,8 @@ class PhasedBatches(Dataset):
         return self.training.steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
+        if step < self.training.echo_steps:
+            return echo_batch(self.training, self.books, self.seed, step)
         generator, phase = np.random.default_rng([self.seed, step, 4]), self.training.phase(step)
         if self.instructions is not None and generator.random() < self.share:
             return self._of_instructions(generator, self.instructions, self.levels[phase])
@@ -150,16 +192,5 @@ class PhasedBatches(Dataset):
             [{"prompt_ids": prompt.tolist(), "response_ids": response.tolist()} for prompt, response in pairs]
         )
         span, ratio = draw_compression(generator, length, level)
-        nowhere = torch.tensor([[length, length + 1]]).expand(rows, 2)
-        return {
-            "input_ids": batch["input_ids"],
-            "labels": batch["labels"],
-            "prompt_length": length,
-            "questions": 1,
-            "evidence": nowhere,
-            "digits": nowhere,
-            "compression_span": span,
-            "compression_ratio": ratio,
-            "compress_prompt": bool(generator.random() < level.two_stage),
-            "level": 0,
-        }
+        compress = bool(generator.random() < level.two_stage)
+        return _without_evidence(batch["input_ids"], batch["labels"], length, (span, ratio), compress)

@@ -35,7 +35,7 @@ from .evaluation import START, evaluate
 from .line_data import LineSampler
 from .preparation import prepare, tokenizer_and_tokens
 from .recipe import ARMS, FIVE, RECIPES, Recipe
-from .training import OutOfTime, train_arm, train_base, train_trunk
+from .training import NotLearned, OutOfTime, train_arm, train_base, train_trunk
 
 STEPS = ("prepare", "pretrain", "trunk", "finetune", "evaluate", "all", "report", "export", "import")
 OWN_BOOKS = Path(__file__).resolve().parents[2] / "examples" / "books"
@@ -72,10 +72,12 @@ class Experiment:
         folder = self.run / "trunk"
         if not self._finished(folder):
             tokenizer, tokens = tokenizer_and_tokens(self.data)
-            batches = PhasedBatches(self.recipe.trunk, self.sampler(tokens, tokenizer, seed=-1))
-            train_trunk(
-                self.recipe, folder, self._model("base", "pretrain"), batches, tokenizer, self.deadline, self.workers
-            )
+
+            def batches(start: int) -> PhasedBatches:
+                return PhasedBatches(self.recipe.trunk, self.sampler(tokens, tokenizer, seed=1000 + start))
+
+            base = self._model("base", "pretrain")
+            train_trunk(self.recipe, folder, base, batches, tokenizer, self.deadline, self.workers)
 
     def finetune(self, arm: str, seed: int) -> None:
         """`trunk/model` to `arms/ARM-SEED/model`."""
@@ -216,4 +218,6 @@ def main(words: list[str] | None = None) -> None:
     except OutOfTime as stop:
         print(f"stopped after {time.monotonic() - began:.0f} s ({stop}): the same command goes on", file=sys.stderr)
         return
+    except NotLearned as error:
+        sys.exit(f"selection_experiment {options.step}: {error}")
     print(f"{options.step}: done after {time.monotonic() - began:.0f} s")

@@ -25,10 +25,46 @@ from .data import PhasedBatches
 from .recipe import Arm, Recipe, Training
 
 COMPLETE = "complete.json"  # of a checkpoint: written last
+FAILED = "failed.json"  # starts that were given up
+LAST_LOGS = 3  # that decide on it
+STARTS = 4  # of which one has to learn
 
 
 class OutOfTime(Exception):
     """The budget is spent; what is finished, and a checkpoint of what is not, are on disk."""
+
+
+class NotLearned(Exception):
+    """A training was given up: too few answers were right where its first phase ended."""
+
+
+class Watch(TrainerCallback):
+    """Gives a training up where its first phase ends if too few of the answers of its last logs are right.
+
+    training: whose phases and `must_match` count.
+    match: share of right answers at the last logs; None: not yet known.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.match: float | None = None
+        self.gave_up = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.training.must_match or state.global_step < self.training.first_phase_end() or self.match is not None:
+            return
+        matches = [entry["level_match"] for entry in state.log_history if "level_match" in entry]
+        self.match = sum(matches[-LAST_LOGS:]) / max(len(matches[-LAST_LOGS:]), 1)
+        self.gave_up = self.match < self.training.must_match
+        if self.gave_up:
+            control.should_training_stop = True
 
 
 class Budget(TrainerCallback):
@@ -41,7 +77,6 @@ class Budget(TrainerCallback):
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
         self.seconds_before = 0.0
-        self.stopped = False
         self._began = time.monotonic()
 
     def seconds(self) -> float:
@@ -54,7 +89,6 @@ class Budget(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Means of a logging interval are not in a checkpoint: between two intervals none is lost.
         if state.global_step % args.logging_steps == 0 and time.monotonic() >= self.deadline:
-            self.stopped = state.global_step < state.max_steps
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -145,17 +179,41 @@ def train_trunk(
     recipe: Recipe,
     folder: Path,
     base: Path,
-    dataset: PhasedBatches,
+    batches: Callable[[int], PhasedBatches],
     tokenizer: PreTrainedTokenizerBase,
     deadline: float,
     workers: int,
 ) -> None:
-    """Teaches the base to copy, in plain passes over short prompts; leaves `folder/model`, which all arms start from."""
-    set_seed(0)
-    model = ReMambaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    settings = settings_of(recipe, recipe.trunk, folder, 0, workers)
-    trainer, load = recall_trainer(model, settings, dataset, tokenizer, recipe.weights, two_stage=False)
-    train(trainer, folder, deadline, load)
+    """Teaches the base to copy, in plain passes over short prompts; leaves `folder/model`, which all arms start from.
+
+    Whether that is learned soon is chance. A start that has not learned it by the end of the first phase is given up, noted
+    in `failed.json`, and another begins.
+
+    Args:
+        batches: of a start, by its number.
+
+    Raises:
+        OutOfTime: the deadline came first.
+        NotLearned: no start has learned it.
+    """
+    while True:
+        failed = json.loads((folder / FAILED).read_text()) if (folder / FAILED).exists() else []
+        if len(failed) >= STARTS:
+            raise NotLearned(f"{folder} was begun {STARTS} times and never learned to copy: change the recipe")
+        set_seed(len(failed))
+        model = ReMambaForCausalLM.from_pretrained(base, dtype=torch.float32)
+        settings = settings_of(recipe, recipe.trunk, folder, len(failed), workers)
+        trainer, load = recall_trainer(model, settings, batches(len(failed)), tokenizer, recipe.weights, two_stage=False)
+        watch = Watch(recipe.trunk)
+        trainer.add_callback(watch)
+        try:
+            train(trainer, folder, deadline, load, failed_starts=failed)
+            return
+        except OutOfTime:
+            if not watch.gave_up:
+                raise
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        write_json(folder / FAILED, [*failed, {"step": trainer.state.global_step, "match": watch.match}])
 
 
 def train_arm(
@@ -226,7 +284,7 @@ def train(
         budget.seconds_before = json.loads(whole[-1].read_text())["seconds"]
         load(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if budget.stopped:
+    if trainer.state.global_step < trainer.state.max_steps:
         raise OutOfTime(f"{folder.name}: {trainer.state.global_step} of {trainer.state.max_steps} steps")
     save_rounded(trainer, folder / "model")
     record = {
