@@ -12,19 +12,11 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from .decode_kernels import (
-    FEW_ROWS,
-    convolution_and_projection,
-    convolution_step,
-    linear_in_parts,
-    norm_linear,
-    selective_step,
-    selective_update,
-    step_from_parts,
-)
+from .decode_kernels import FEW_ROWS, Convolution, linear_in_parts, norm_linear, selective_update, step_from_parts
 from .precision import at_least_float32, state_dtype
 from .recurrent_model import RecurrentMixer, RMSNorm, depthwise_convolution, is_unhooked
 from .selective_scan import selective_scan, selective_scan_step
+from .tail_kernels import selective_tail
 
 
 class StepProjection(nn.Linear):
@@ -128,26 +120,36 @@ class MambaMixer(RecurrentMixer):
         conv_state: torch.Tensor,
         ssm_state: torch.Tensor,
         decay_rates: torch.Tensor,
+        counters: torch.Tensor,
         residual_in_fp32: bool,
     ) -> torch.Tensor:
-        """A block's step in four kernels that read the weights themselves, norm and residual sum included: [B, H], as given.
+        """A block's step in kernels that read the weights themselves, norm and residual sum included: [B, H], as given.
 
-        For blocks whose layers are what their weights say (`decode_graph.can_be_fused`). States are updated in place.
-        For more than a few rows the norm, the convolution and the small products are kernels of their own.
+        For blocks whose layers are what their weights say (`decode_graph.can_be_fused`). States are updated in place. One
+        row takes two kernels; for more the norm, the convolution and the products are kernels of their own.
+
+        Args:
+            counters: of `new_counters`, for this block alone.
         """
-        xz = norm_linear(hidden_states, self.in_proj.weight, self.in_proj.bias, norm.weight, norm.eps)
+        kernel = Convolution(0, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state)
+        xz = norm_linear(
+            hidden_states,
+            self.in_proj.weight,
+            self.in_proj.bias,
+            norm.weight,
+            norm.eps,
+            convolution=kernel,
+            counters=counters,
+        )
         x, z = xz.chunk(2, dim=-1)
-        kernel, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        step_bias = self.dt_proj.bias
+        step_weight, step_bias = self.dt_proj.weight, self.dt_proj.bias
+        last = self.out_proj.weight, self.out_proj.bias
         if len(hidden_states) <= FEW_ROWS:
-            x, partials = convolution_and_projection(x, kernel, bias, conv_state, self.x_proj.weight)
-            y = selective_step(x, z, partials, self.dt_proj.weight, step_bias, decay_rates, self.D, ssm_state)
-        else:
-            x = convolution_step(x, kernel, bias, conv_state)
-            step, shared = step_from_parts(linear_in_parts(x, self.x_proj.weight), self.dt_proj.weight)
-            y = selective_update(x, z, shared, step, step_bias, decay_rates, self.D, ssm_state)
-        weight, bias = self.out_proj.weight, self.out_proj.bias
-        return norm_linear(y, weight, bias, residual=hidden_states, residual_in_fp32=residual_in_fp32)
+            given = self.x_proj.weight, step_weight, step_bias, decay_rates, self.D, ssm_state
+            return selective_tail(x, z, *given, *last, hidden_states, residual_in_fp32, counters)
+        step, shared = step_from_parts(linear_in_parts(x, self.x_proj.weight), step_weight)
+        y = selective_update(x, z, shared, step, step_bias, decay_rates, self.D, ssm_state)
+        return norm_linear(y, *last, residual=hidden_states, residual_in_fp32=residual_in_fp32)
 
     def _step_size(self, step: torch.Tensor, adaptation: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What dt is softplus of, [B, L, R] -> [B, L, E]: W_dt step + b_dt, or W_dt step and b_dt [E], still to be added."""

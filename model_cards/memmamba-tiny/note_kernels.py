@@ -438,10 +438,10 @@ def _note_projections_kernel(
     output = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tile = _weight_tile(weight, output, tl.arange(0, BLOCK_IN), INPUTS, INPUTS, OUTPUTS)
-    place = tl.load(read + row, mask=row < rows, other=0) % CHUNK  # the kernel before does not write it
     if DEPENDENT:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
+    place = tl.load(read + row, mask=row < rows, other=0) % CHUNK
     scale = _inverse_rms(x, None, row, rows, 0, x_stride, 0, eps, INPUTS, BLOCK_NORM, STAGES)
     if block == BLOCKS:
         _write_score(
@@ -708,8 +708,8 @@ def _note_reading_kernel(
         below_tile = _output_tile(below_output_weight, channel, CHANNELS, HEADS, BLOCK_HEADS, SIZE, BLOCK_SIZE)
         below_nothing = _sinks(below_sink, HEADS, BLOCK_HEADS)
     if DEPENDENT:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     known = channel < CHANNELS
     hidden = tl.load(x + row * x_stride + channel, mask=known, other=0.0).to(tl.float32)
     mine = projected + row * (READERS * (NOTE + 1))
@@ -898,11 +898,14 @@ def _note_step_kernel(
         vector = tl.load(gates + column, mask=known_column, other=0.0).to(tl.float32)
         logit = tl.load(gate_bias + READER).to(tl.float32)
     if DEPENDENT:
+        if READERS == 1:
+            gdc_launch_dependents()
         if READER == 0:
             gdc_wait()
         # A later reader's kernel starts when the first one's programs all know the token to be written: it runs beside that
         # kernel, and waits only for what it has to add to. The cache of its multiprocessor may be older, hence ".cg" below.
-        gdc_launch_dependents()
+        if READERS > 1:
+            gdc_launch_dependents()
 
     place = x + row * x_stride
     value_of_token = tl.load(place + column, mask=known_column, other=0.0, cache_modifier=".cg").to(tl.float32)

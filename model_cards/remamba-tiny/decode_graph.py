@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 from .decode_kernels import dependent_launches, kernels_can_run, norm_linear
 from .optional_kernels import kernels_enabled
 from .precision import is_plain_weight
+from .tail_kernels import new_counters
 
 MOST_GRAPHS = 4  # of one model, each with a state of its own; the one used longest ago is released for another
 WORTH_CAPTURING = 16  # tokens; capturing takes as long as about four steps
@@ -82,12 +83,15 @@ class CacheStep:
 
 
 class FusedStep(CacheStep):
-    """A step in four kernels a layer, which read the weights themselves (decode_kernels.py). Decay rates are computed once,
-    at the beginning, instead of in every step."""
+    """A step in a few kernels a layer, which read the weights themselves (decode_kernels.py, tail_kernels.py). Decay rates
+    are computed once, at the beginning, instead of in every step."""
 
     def __init__(self, model: Any, cache: Cache):
         super().__init__(model, cache)
-        self.rates = [block.mixer.decay_rates().detach().clone() for block in model.backbone.layers]
+        blocks = model.backbone.layers
+        self.rates = [block.mixer.decay_rates().detach().clone() for block in blocks]
+        rows = len(next(tensors_of(cache)))
+        self.counters = [new_counters(rows, self.rates[0].device) for _ in blocks]
 
     def begin(self, model: Any, cache: Cache) -> None:
         super().begin(model, cache)
@@ -106,7 +110,7 @@ class FusedStep(CacheStep):
         layer = self.cache.layers[layer_idx]
         states = layer.conv_states[0], layer.recurrent_states[0]
         step: torch.Tensor = block.mixer.fused_step(
-            hidden_states, block.norm, *states, self.rates[layer_idx], block.residual_in_fp32
+            hidden_states, block.norm, *states, self.rates[layer_idx], self.counters[layer_idx], block.residual_in_fp32
         )
         return step
 

@@ -2,11 +2,11 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """One decoding step, a token a row, in few kernels that read every weight once. Used without gradients, inside CUDA graphs.
 
-    Mamba      norm_linear | convolution_and_projection | selective_step | norm_linear
-      or       norm_linear | convolution_step | linear_in_parts | step_from_parts | selective_update | norm_linear
-    Mamba-2    norm_linear | convolution_step           | dual_step      | norm_linear
+    Mamba      norm_linear | convolution_step | linear_in_parts | step_from_parts | selective_update | norm_linear
+    Mamba-2    norm_linear | convolution_step | dual_step | norm_linear
 
-The second row is for more than FEW_ROWS rows: the products are tensor cores' and every weight serves a block of rows.
+For up to FEW_ROWS rows the convolution is part of the first kernel, and all that follows is another (tail_kernels.py). For
+more, products are tensor cores' and every weight serves a block of rows.
 
 Each function runs its Triton kernel where Triton can (CUDA tensors in float32, bfloat16 or float16), and otherwise the torch
 reference beside it, `<name>_naive`, which says what is computed. Sums are taken in float32 and in a fixed order.
@@ -22,7 +22,7 @@ Shapes: `B` rows, `H` hidden size, `E` inner size, `W` width of the convolution,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -52,17 +52,17 @@ _PROCESSORS = 132
 _SHARED_MEMORY = 220 * 1024  # bytes a multiprocessor has for tiles that are on their way
 
 
-FEW_ROWS = 1  # up to so many a projection is worth fusing with what stands around it
+FEW_ROWS = 1  # up to so many every row is worth programs, and products, of its own
 
 _dependent = False
 
 
 @contextlib.contextmanager
 def dependent_launches(enabled: bool = True) -> Iterator[None]:
-    """Launch the kernels inside so that each starts, and fetches its first weights, while the one before it runs out
+    """Launch the kernels inside so that each starts, and fetches its first weights, while those before it run out
     (programmatic dependent launch; Hopper and later, Triton 3.4 and later, elsewhere ignored).
 
-    Weights and the layer's states must not be written by the kernel that runs just before; in a decoding step none is.
+    Weights and the layer's states must not be written by a kernel inside that runs before; in a decoding step none is.
     """
     global _dependent
     capable = torch.cuda.is_available() and torch.version.cuda is not None and torch.cuda.get_device_capability() >= (9, 0)
@@ -94,6 +94,7 @@ class LinearPlan(NamedTuple):
         stages: tiles that are on their way at a time, the one in use included.
         warps: of 32 threads a program.
         fused_norm: every program normalises its rows itself; otherwise a kernel of its own does so first.
+        ahead: tiles that are asked for before the kernel before has ended.
     """
 
     rows: int
@@ -102,23 +103,48 @@ class LinearPlan(NamedTuple):
     stages: int
     warps: int = 4
     fused_norm: bool = True
+    ahead: int = 1
+
+
+class Convolution(NamedTuple):
+    """The step of a causal convolution, with SiLU, that some outputs of `norm_linear` go through.
+
+    Attributes:
+        first: the first of these outputs.
+        weight, bias, state: as for `convolution_step`.
+    """
+
+    first: int
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    state: torch.Tensor
+
+    @property
+    def channels(self) -> int:
+        return len(self.weight)
 
 
 def linear_plan(rows: int, outputs: int, inputs: int, item_size: int = 2) -> LinearPlan:
     """The cut for x [rows, inputs] and a weight [outputs, inputs] of `item_size` bytes an element.
 
-    Measured on an H100 with the shapes of mamba-2.8b. One row: tiles of 8 KB in programs so small that every multiprocessor
-    has four at least; each normalises the row itself. Several rows: every program reads all of x from the L2 cache, which
-    costs more than multiprocessors without a program, hence 32 outputs at least; a norm in a kernel of its own; stages as
-    many as shared memory holds for the programs that share it, one being left for the first tile.
+    Measured on an H100 with the shapes of mamba-2.8b, mamba2-2.7b and mamba-130m. One row: tiles of 8 KB, and every program
+    normalises the row itself, which is why they have 16 outputs if all of them then run at once, five on a multiprocessor,
+    and 8 otherwise; with few outputs and inputs programs of one warp, which ask for all of their weights at once. Several
+    rows: every program reads all of x from the L2 cache, which costs more than multiprocessors without a program, hence 32
+    outputs at least; a norm in a kernel of its own; stages as many as shared memory holds for the programs that share it,
+    one being left for the first tile.
     """
     if rows == 1:
-        block_outputs = 8
-        while block_outputs > 4 and _blocks(outputs, block_outputs) < 4 * _PROCESSORS:
-            block_outputs //= 2
+        block_outputs = 4
+        if 4 * _PROCESSORS <= _blocks(outputs, 16) <= 5 * _PROCESSORS:
+            block_outputs = 16
+        elif _blocks(outputs, 8) >= 4 * _PROCESSORS:
+            block_outputs = 8
+        if block_outputs == 4 and inputs <= 1024:
+            block_inputs = min(256, max(_power_of_two(inputs), 16))
+            return LinearPlan(1, 4, block_inputs, 2, warps=1, ahead=_blocks(inputs, block_inputs))
         block_inputs = min(8192 // (item_size * block_outputs), max(_power_of_two(inputs), 16))
-        stages = 3 if _blocks(outputs, block_outputs) > 5 * _PROCESSORS else 5
-        return LinearPlan(1, block_outputs, block_inputs, stages)
+        return LinearPlan(1, block_outputs, block_inputs, 5 if block_outputs == 4 else 3)
     block_rows = min(max(_power_of_two(rows), 16), 64)
     block_outputs = 128
     while block_outputs > 32 and _blocks(outputs, block_outputs) < _PROCESSORS:
@@ -144,6 +170,8 @@ def norm_linear(
     residual: torch.Tensor | None = None,
     residual_in_fp32: bool = False,
     out: torch.Tensor | None = None,
+    convolution: Convolution | None = None,
+    counters: torch.Tensor | None = None,
     plan: LinearPlan | None = None,
 ) -> torch.Tensor:
     """residual + weight @ norm(x * silu(gate)) + bias, every part but the product optional.
@@ -160,6 +188,8 @@ def norm_linear(
         groups: equal parts of the K channels, each normalised on its own.
         residual: [B, O]; may be `out`.
         residual_in_fp32: the sum with the residual is in float32, whatever their dtypes.
+        convolution: what some of the outputs go through then; not with a residual.
+        counters: int32, a power of two of them, set to 0 before the kernel ends.
         plan: how to cut the work; None: `linear_plan`'s.
 
     Returns:
@@ -175,10 +205,24 @@ def norm_linear(
     _check_shape("out", out, (rows, outputs))
     if inputs % groups:
         raise ValueError(f"{inputs} channels cannot be normalised in {groups} equal groups.")
-    if not _kernel_takes(x, weight, bias, norm_weight, gate, residual, out) or not weight.is_contiguous():
-        return norm_linear_naive(x, weight, bias, norm_weight, eps, gate, groups, residual, residual_in_fp32, out)
+    taps = (None, None, None) if convolution is None else convolution[1:]
+    if convolution is not None:
+        _check_shape("convolution.state", convolution.state, (rows, convolution.channels, convolution.state.shape[-1]))
+        _check_shape("convolution.weight", convolution.weight, tuple(convolution.state.shape[1:]))
+        _check_shape("convolution.bias", convolution.bias, (convolution.channels,))
+        if residual is not None or not 0 <= convolution.first <= outputs - convolution.channels:
+            raise ValueError("A convolution needs its channels among the outputs, and no residual.")
+    ours = weight.is_contiguous() and all(tensor is None or tensor.is_contiguous() for tensor in taps)
+    if not ours or not _kernel_takes(x, weight, bias, norm_weight, gate, residual, out, *taps):
+        return norm_linear_naive(
+            x, weight, bias, norm_weight, eps, gate, groups, residual, residual_in_fp32, out, convolution, counters
+        )
     if plan is None:
         plan = linear_plan(rows, outputs, inputs, weight.element_size())
+    if convolution is not None and plan.rows > 1:
+        product = norm_linear(x, weight, bias, norm_weight, eps, gate, groups, out=out, counters=counters, plan=plan)
+        _convolve_outputs(product, convolution, convolution_step)
+        return product
     if out is None:
         dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
         widest = torch.float32 if residual is not None and residual_in_fp32 else dtype
@@ -190,15 +234,21 @@ def norm_linear(
         _norm_linear_kernel,
         (_blocks(outputs, plan.outputs), _blocks(rows, plan.rows)),
         plan.warps,
-        *(x, gate, norm_weight, weight, bias, residual, out),
+        *(x, gate, norm_weight, weight, bias, residual, *taps, counters, out),
         *(rows, x.stride(0), _row_stride(gate), _row_stride(residual), out.stride(0), eps),
         INPUTS=inputs,
         OUTPUTS=outputs,
         GROUPS=1 if norm_weight is None else groups,
+        FIRST_CONVOLVED=0 if convolution is None else convolution.first,
+        CONVOLVED=0 if convolution is None else convolution.channels,
+        WIDTH=0 if convolution is None else convolution.state.shape[2],
+        TAPS=0 if convolution is None else _power_of_two(convolution.state.shape[2]),
+        COUNTERS=0 if counters is None else counters.numel(),
         BLOCK_ROWS=plan.rows,
         BLOCK_OUT=plan.outputs,
         BLOCK_IN=plan.inputs,
         BLOCK_NORM=whole_group if plan.rows == 1 else plan.inputs,
+        AHEAD=plan.ahead,
         STAGES=plan.stages,
         ROWS_FIRST=plan.rows >= 64,
         INTERPRETED=_INTERPRETED,
@@ -217,6 +267,8 @@ def norm_linear_naive(
     residual: torch.Tensor | None = None,
     residual_in_fp32: bool = False,
     out: torch.Tensor | None = None,
+    convolution: Convolution | None = None,
+    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Reference of `norm_linear`: the modules it stands for, one after the other."""
     if gate is not None:
@@ -228,7 +280,18 @@ def norm_linear_naive(
     y = F.linear(x.to(weight.dtype), weight, bias)
     if residual is not None:
         y = (at_least_float32(residual) if residual_in_fp32 else residual) + y
-    return y if out is None else out.copy_(y)
+    y = y if out is None else out.copy_(y)
+    if convolution is not None:
+        _convolve_outputs(y, convolution, convolution_step_naive)
+    if counters is not None:
+        counters.zero_()
+    return y
+
+
+def _convolve_outputs(y: torch.Tensor, convolution: Convolution, step: Callable[..., torch.Tensor]) -> None:
+    first, weight, bias, state = convolution
+    mine = y[:, first : first + convolution.channels]
+    step(mine, weight, bias, state, out=mine)
 
 
 def norm_in_one_kernel(
@@ -331,8 +394,8 @@ def _norm_kernel(
     row = tl.program_id(0) + tl.arange(0, 1)
     first = tl.program_id(1) * SIZE
     if DEPENDENT:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     scale = _inverse_rms(x, gate, row, rows, first, x_stride, gate_stride, eps, SIZE, BLOCK, 1)
     for start in range(0, SIZE, BLOCK):
         column = first + start + tl.arange(0, BLOCK)
@@ -374,6 +437,111 @@ def _weight_tile(weight, output, column, end, INPUTS: tl.constexpr, OUTPUTS: tl.
 
 
 @jit
+def _first_tiles(
+    weight, output, first, end, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK_IN: tl.constexpr, AHEAD: tl.constexpr
+):
+    """The first tiles of channels first ... end, which are asked for all at once."""
+    tiles = ()
+    for index in tl.static_range(AHEAD):
+        tiles += (_weight_tile(weight, output, first + index * BLOCK_IN + tl.arange(0, BLOCK_IN), end, INPUTS, OUTPUTS),)  # type: ignore[assignment]
+    return tiles
+
+
+@jit
+def _streamed_product(
+    tiles,
+    x,
+    gate,
+    norm_weight,
+    weight,
+    total,
+    output,
+    row,
+    rows,
+    first,
+    x_stride,
+    gate_stride,
+    scale,
+    SIZE: tl.constexpr,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """total + the products of the weight with norm(x * silu(gate)), of the channels first ... first + SIZE, whose root mean
+    square in each row is 1 / `scale`."""
+    end = first + SIZE
+    column = first + tl.arange(0, BLOCK_IN)
+    parts = ()
+    for index in tl.static_range(AHEAD):
+        part = _normed(x, gate, norm_weight, row, rows, column + index * BLOCK_IN, end, scale, x_stride, gate_stride)
+        if DOT:
+            parts += (part,)  # type: ignore[assignment]
+        else:
+            total = _product(tiles[index], part, total, DOT, ROWS_FIRST, INTERPRETED)
+    for start in tl.range(AHEAD * BLOCK_IN, SIZE, BLOCK_IN, num_stages=STAGES):
+        later_tile = _weight_tile(weight, output, column + start, end, INPUTS, OUTPUTS)
+        later = _normed(x, gate, norm_weight, row, rows, column + start, end, scale, x_stride, gate_stride)
+        total = _product(later_tile, later, total, DOT, ROWS_FIRST, INTERPRETED)
+    if DOT:  # last, so that the loop's tiles are on their way before the first x is there
+        for index in tl.static_range(AHEAD):
+            part = parts[index]
+            if DEPENDENT:
+                part = _kept_in_registers(part)
+            total = _product(tiles[index], part, total, DOT, ROWS_FIRST, INTERPRETED)
+    return total
+
+
+@jit
+def _taps(weight, bias, state, row, rows, channel, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr):
+    """Of a convolution's step: the inputs before the newest and the weights [rows, channels, taps], and the bias or 0."""
+    known = (channel >= 0) & (channel < CHANNELS)
+    tap = tl.arange(0, TAPS)[None, None, :]
+    place = state + (row.to(tl.int64)[:, None] * CHANNELS + channel[None, :])[:, :, None] * WIDTH + tap
+    here = ((row < rows)[:, None] & known[None, :])[:, :, None]
+    past = tl.load(place + 1, mask=here & (tap < WIDTH - 1), other=0.0)
+    factor = tl.load(weight + channel[None, :, None] * WIDTH + tap, mask=known[None, :, None] & (tap < WIDTH), other=0.0)
+    offset = tl.zeros([channel.shape[0]], tl.float32)
+    if bias is not None:
+        offset += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    return past, factor, offset
+
+
+@jit
+def _convolve(
+    newest,
+    past,
+    factor,
+    offset,
+    state,
+    row,
+    channel,
+    written,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """silu(conv(x) + bias) [rows, channels] in x's dtype of the newest x and `_taps`; x moves into the state of those
+    `written` [rows, channels]."""
+    dtype = newest.dtype
+    tap = tl.arange(0, TAPS)[None, None, :]
+    place = state + (row.to(tl.int64)[:, None] * CHANNELS + channel[None, :])[:, :, None] * WIDTH + tap
+    window = tl.where(tap == WIDTH - 1, newest.to(past.dtype)[:, :, None], past)
+    y = (
+        tl.sum(window.to(dtype).to(tl.float32) * factor.to(dtype).to(tl.float32), 2)
+        + offset.to(dtype).to(tl.float32)[None, :]
+    )
+    tl.debug_barrier()  # no thread may write what another has yet to read
+    tl.store(place, window, mask=written[:, :, None] & (tap < WIDTH))
+    return _silu(y).to(dtype)
+
+
+@jit
 def _norm_linear_kernel(
     x,
     gate,
@@ -381,6 +549,10 @@ def _norm_linear_kernel(
     weight,
     bias,
     residual,
+    kernel,
+    kernel_bias,
+    state,
+    counters,
     out,
     rows,
     x_stride,
@@ -391,10 +563,16 @@ def _norm_linear_kernel(
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     GROUPS: tl.constexpr,
+    FIRST_CONVOLVED: tl.constexpr,
+    CONVOLVED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+    COUNTERS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_NORM: tl.constexpr,
+    AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -411,31 +589,49 @@ def _norm_linear_kernel(
     else:
         total = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
 
+    if CONVOLVED > 0:
+        convolved = output - FIRST_CONVOLVED
+        past, factor, offset = _taps(kernel, kernel_bias, state, row, rows, convolved, CONVOLVED, WIDTH, TAPS)
     # Unrolled: a loop whose inner loops vanish would be pipelined, and so read x before the kernel before has written it.
     for group in tl.static_range(GROUPS):
         first = group * SIZE
-        end = first + SIZE
-        column = first + tl.arange(0, BLOCK_IN)
-        # On its way while the kernel before runs out and while the norm is computed.
-        tile = _weight_tile(weight, output, column, end, INPUTS, OUTPUTS)
+        # On their way while the kernel before runs out and while the norm is computed.
+        tiles = _first_tiles(weight, output, first, first + SIZE, INPUTS, OUTPUTS, BLOCK_IN, AHEAD)
         if DEPENDENT and group == 0:
-            gdc_wait()
             gdc_launch_dependents()
+            gdc_wait()
         scale = None
         if norm_weight is not None:
             scale = _inverse_rms(x, gate, row, rows, first, x_stride, gate_stride, eps, SIZE, BLOCK_NORM, STAGES)
-        part = _normed(x, gate, norm_weight, row, rows, column, end, scale, x_stride, gate_stride)
-        if not DOT:
-            total = _product(tile, part, total, DOT, ROWS_FIRST, INTERPRETED)
-        for start in tl.range(BLOCK_IN, SIZE, BLOCK_IN, num_stages=STAGES):
-            column = first + start + tl.arange(0, BLOCK_IN)
-            later_tile = _weight_tile(weight, output, column, end, INPUTS, OUTPUTS)
-            later = _normed(x, gate, norm_weight, row, rows, column, end, scale, x_stride, gate_stride)
-            total = _product(later_tile, later, total, DOT, ROWS_FIRST, INTERPRETED)
-        if DOT:  # last, so that the loop's tiles are on their way before the first x is there
-            if DEPENDENT:
-                part = _kept_in_registers(part)
-            total = _product(tile, part, total, DOT, ROWS_FIRST, INTERPRETED)
+        total = _streamed_product(
+            tiles,
+            x,
+            gate,
+            norm_weight,
+            weight,
+            total,
+            output,
+            row,
+            rows,
+            first,
+            x_stride,
+            gate_stride,
+            scale,
+            SIZE,
+            INPUTS,
+            OUTPUTS,
+            DOT,
+            BLOCK_IN,
+            AHEAD,
+            STAGES,
+            ROWS_FIRST,
+            INTERPRETED,
+            DEPENDENT,
+        )
+    if counters is not None:  # noqa: SIM102 - known when this is compiled
+        if tl.program_id(0) == 0 and tl.program_id(1) == 0:
+            place = tl.arange(0, COUNTERS)
+            tl.store(counters + place, tl.zeros([COUNTERS], tl.int32))
 
     if not DOT:
         y = tl.sum(total, 1)[None, :]
@@ -447,10 +643,16 @@ def _norm_linear_kernel(
         y += tl.load(bias + output, mask=output < OUTPUTS, other=0.0).to(tl.float32)[None, :]
     y = y.to(weight.dtype.element_ty).to(tl.float32)
     here = (row < rows)[:, None] & (output < OUTPUTS)[None, :]
+    index = row
     row = row.to(tl.int64)[:, None]
     if residual is not None:
         y += tl.load(residual + row * residual_stride + output[None, :], mask=here, other=0.0).to(tl.float32)
         tl.debug_barrier()  # threads may share an element, and `out` may be `residual`
+    if CONVOLVED > 0:
+        is_convolved = ((convolved >= 0) & (convolved < CONVOLVED))[None, :]
+        newest = y.to(weight.dtype.element_ty)
+        z = _convolve(newest, past, factor, offset, state, index, convolved, here & is_convolved, CONVOLVED, WIDTH, TAPS)
+        y = tl.where(is_convolved, z.to(tl.float32), y)
     tl.store(out + row * out_stride + output[None, :], y.to(out.dtype.element_ty), mask=here)
 
 
@@ -519,81 +721,6 @@ def convolution_step_naive(
     return y if out is None else out.copy_(y)
 
 
-def projection_plan(channels: int, outputs: int, item_size: int = 2) -> ChannelPlan:
-    """The cut of `convolution_and_projection`; the partial sums have cdiv(channels, plan.channels) parts.
-
-    A program holds all of its weights in registers, at most 64 KB, so that they come while the convolution is computed.
-    Fewer channels a program spread the weights over more multiprocessors, but make more partial sums for the next kernel:
-    about 40 parts if the channels allow it.
-    """
-    block = min(max(64 * 1024 // (item_size * max(_power_of_two(outputs), 16)), 16), 128)
-    while block > 32 and _blocks(channels, block) < 40:
-        block //= 2
-    return ChannelPlan(block, 16 if block * _power_of_two(outputs) > 8192 else 8)
-
-
-def convolution_and_projection(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    state: torch.Tensor,
-    projection: torch.Tensor,
-    active: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    plan: ChannelPlan | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`convolution_step`, and the projection of its result, left as partial sums over blocks of channels.
-
-    Args:
-        x, weight, bias, state: as for `convolution_step`.
-        projection: [J, E], contiguous: the weight of x_proj, J = R + 2 N.
-        plan: how to cut the work; None: `projection_plan`'s.
-
-    Returns:
-        The convolved x [B, E] in its dtype, and [parts, B, J] in float32, whose sum over the parts is the projection.
-    """
-    rows, channels, width = state.shape
-    outputs = projection.shape[0]
-    _check_convolution(x, weight, bias, state, active, out)
-    _check_shape("projection", projection, (outputs, channels))
-    contiguous = weight.is_contiguous() and state.is_contiguous() and projection.is_contiguous()
-    if not _kernel_takes(x, weight, bias, state, projection, active, out) or not contiguous:
-        return convolution_and_projection_naive(x, weight, bias, state, projection, active, out)
-    if plan is None:
-        plan = projection_plan(channels, outputs, projection.element_size())
-    if out is None:
-        out = x.new_empty(rows, channels)
-    parts = _blocks(channels, plan.channels)
-    partials = x.new_empty(parts, rows, outputs, dtype=torch.float32)
-    _launch(
-        _convolution_and_projection_kernel,
-        (parts, rows),
-        plan.warps,
-        *(x, weight, bias, state, projection, _as_bytes(active), out, partials, rows, x.stride(0), out.stride(0)),
-        CHANNELS=channels,
-        WIDTH=width,
-        OUTPUTS=outputs,
-        TAPS=_power_of_two(width),
-        BLOCK=plan.channels,
-        BLOCK_OUT=max(_power_of_two(outputs), 16),
-    )
-    return out, partials
-
-
-def convolution_and_projection_naive(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    state: torch.Tensor,
-    projection: torch.Tensor,
-    active: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reference of `convolution_and_projection`, with a single part."""
-    out = convolution_step_naive(x, weight, bias, state, active, out)
-    return out, F.linear(at_least_float32(out), at_least_float32(projection)).unsqueeze(0)
-
-
 @jit
 def _taking_part(active, row, rows):
     """Which rows' states may be written."""
@@ -601,47 +728,6 @@ def _taking_part(active, row, rows):
     if active is not None:
         result = tl.load(active + row, mask=result, other=0) != 0
     return result
-
-
-@jit
-def _convolved(
-    x,
-    weight,
-    bias,
-    state,
-    active,
-    row,
-    rows,
-    channel,
-    x_stride,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TAPS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """silu(conv(x) + bias) [rows, channels] in x's dtype; x moves into the state. Waits for the kernel before, but not with
-    weights and state."""
-    dtype = x.dtype.element_ty
-    here = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
-    tap = tl.arange(0, TAPS)[None, None, :]
-    place = state + (row.to(tl.int64)[:, None] * CHANNELS + channel[None, :])[:, :, None] * WIDTH + tap
-    past = tl.load(place + 1, mask=here[:, :, None] & (tap < WIDTH - 1), other=0.0)
-    known = (channel < CHANNELS)[None, :, None] & (tap < WIDTH)
-    factor = tl.load(weight + channel[None, :, None] * WIDTH + tap, mask=known, other=0.0)
-    if bias is not None:
-        offset = tl.load(bias + channel, mask=channel < CHANNELS, other=0.0)
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
-    newest = tl.load(x + row.to(tl.int64)[:, None] * x_stride + channel[None, :], mask=here, other=0.0)
-    window = tl.where(tap == WIDTH - 1, newest.to(past.dtype)[:, :, None], past)
-    y = tl.sum(window.to(dtype).to(tl.float32) * factor.to(dtype).to(tl.float32), 2)
-    if bias is not None:
-        y += offset.to(dtype).to(tl.float32)[None, :]
-    written = here & _taking_part(active, row, rows)[:, None]
-    tl.debug_barrier()  # no thread may write what another has yet to read
-    tl.store(place, window, mask=written[:, :, None] & (tap < WIDTH))
-    return _silu(y).to(dtype)
 
 
 @jit
@@ -663,48 +749,16 @@ def _convolution_kernel(
 ):
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1) + tl.arange(0, 1)
-    y = _convolved(x, weight, bias, state, active, row, rows, channel, x_stride, CHANNELS, WIDTH, TAPS, DEPENDENT)
-    place = out + row.to(tl.int64)[:, None] * out_stride + channel[None, :]
-    tl.store(place, y.to(out.dtype.element_ty), mask=(channel < CHANNELS)[None, :])
-
-
-@jit
-def _convolution_and_projection_kernel(
-    x,
-    weight,
-    bias,
-    state,
-    projection,
-    active,
-    out,
-    partials,
-    rows,
-    x_stride,
-    out_stride,
-    CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    TAPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    part = tl.program_id(0)
-    channel = part * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1) + tl.arange(0, 1)
-    output = tl.arange(0, BLOCK_OUT)
-    known = (output < OUTPUTS)[:, None] & (channel < CHANNELS)[None, :]
-    tile = tl.load(projection + output[:, None] * CHANNELS + channel[None, :], mask=known, other=0.0)
-    y = _convolved(x, weight, bias, state, active, row, rows, channel, x_stride, CHANNELS, WIDTH, TAPS, DEPENDENT)
-    here = (row < rows)[:, None] & (channel < CHANNELS)[None, :]
-    place = out + row.to(tl.int64)[:, None] * out_stride + channel[None, :]
-    tl.store(place, y.to(out.dtype.element_ty), mask=here)
-    # Read back, y comes in the layout of the tile, where Triton would otherwise move the tile into the layout of y.
-    tl.debug_barrier()
-    y = tl.load(place, mask=here, other=0.0)
-    sums = tl.sum(tile.to(tl.float32) * y.to(tile.dtype).to(tl.float32), 1)[None, :]
-    place = partials + (part * rows + row).to(tl.int64)[:, None] * OUTPUTS + output[None, :]
-    tl.store(place, sums, mask=(row < rows)[:, None] & (output < OUTPUTS)[None, :])
+    here = (channel < CHANNELS)[None, :]
+    past, factor, offset = _taps(weight, bias, state, row, rows, channel, CHANNELS, WIDTH, TAPS)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    line = row.to(tl.int64)[:, None]
+    newest = tl.load(x + line * x_stride + channel[None, :], mask=here, other=0.0)
+    written = here & _taking_part(active, row, rows)[:, None]
+    y = _convolve(newest, past, factor, offset, state, row, channel, written, CHANNELS, WIDTH, TAPS)
+    tl.store(out + line * out_stride + channel[None, :], y.to(out.dtype.element_ty), mask=here)
 
 
 # The small products of several rows
@@ -927,8 +981,8 @@ def _linear_in_parts_kernel(
         total = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
     tile = _weight_tile(weight, output, column, INPUTS, INPUTS, OUTPUTS)  # on its way while the kernel before runs out
     if DEPENDENT:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     factor = _normed(x, None, None, row, rows, column, INPUTS, None, x_stride, 0)
     total = _product(tile, factor, total, True, ROWS_FIRST, INTERPRETED)
     for start in tl.range(BLOCK_IN, PART, BLOCK_IN, num_stages=STAGES):
@@ -980,8 +1034,8 @@ def _step_from_parts_kernel(
     dtype = weight.dtype.element_ty
     tile = _weight_tile(weight, channel, rank, RANK, RANK, CHANNELS)  # on its way while the kernel before runs out
     if DEPENDENT:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     if tl.program_id(0) * BLOCK >= CHANNELS:
         for start in tl.static_range(0, SHARED, BLOCK_SHARED):
             column = start + tl.arange(0, BLOCK_SHARED)
@@ -1007,50 +1061,6 @@ def _step_from_parts_kernel(
 # Mamba's recurrence
 
 
-def selective_step(
-    x: torch.Tensor,
-    z: torch.Tensor,
-    partials: torch.Tensor,
-    step_weight: torch.Tensor,
-    step_bias: torch.Tensor,
-    A: torch.Tensor,
-    D: torch.Tensor | None,
-    state: torch.Tensor,
-    active: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    plan: ChannelPlan | None = None,
-) -> torch.Tensor:
-    """Mamba's recurrence of one token, from the partial sums of x_proj to the gated output; arXiv 2312.00752, Eq. 2 and 4.
-
-        dt = softplus(W_dt step + b_dt)      h = exp(dt A) h + dt B x      y = (C h + D x) * silu(z)
-
-    The projection is rounded to the step weight's dtype, as is W_dt step; all that follows is float32, and only y and the
-    stored state are rounded.
-
-    Args:
-        x: [B, E], convolved. z: [B, E], the gate. Any row strides.
-        partials: [parts, B, R + 2 N] float32, contiguous: step, B and C of `convolution_and_projection`.
-        step_weight: [E, R], contiguous; step_bias: [E].
-        A: [E, N] float32, contiguous, negative.
-        D: [E], or None.
-        state: [B, E, N], contiguous, float32 or narrower; updated in place.
-        plan: how to cut the work; None: 16 channels and 2 warps a program, best on an H100.
-
-    Returns:
-        y [B, E] in x's dtype.
-    """
-    rows, channels, size = state.shape
-    rank = step_weight.shape[1]
-    _check_shape("partials", partials, (partials.shape[0], rows, rank + 2 * size))
-    _check_shape("step_weight", step_weight, (channels, rank))
-    _check_selective(x, z, step_bias, A, D, state, active, out)
-    contiguous = all(tensor.is_contiguous() for tensor in (partials, step_weight, A, state))
-    if not _kernel_takes(x, z, partials, step_weight, step_bias, A, D, state, active, out) or not contiguous:
-        return selective_step_naive(x, z, partials, step_weight, step_bias, A, D, state, active, out)
-    given = partials, None, None, step_weight, step_bias, A, D, state, active
-    return _launch_selective(x, z, given, rank, out, plan or ChannelPlan(16, 2))
-
-
 def selective_update(
     x: torch.Tensor,
     z: torch.Tensor,
@@ -1064,12 +1074,20 @@ def selective_update(
     out: torch.Tensor | None = None,
     plan: ChannelPlan | None = None,
 ) -> torch.Tensor:
-    """`selective_step` behind the products: what is left of it for many rows, where `step_from_parts` makes them.
+    """Mamba's recurrence of one token, from its projections to the gated output; arXiv 2312.00752, Eq. 2 and 4.
+
+        dt = softplus(step + step_bias)      h = exp(dt A) h + dt B x      y = (C h + D x) * silu(z)
+
+    The step size is rounded as dt_proj with its bias would round it; all that follows is float32, and only y and the stored
+    state are rounded.
 
     Args:
+        x: [B, E], convolved. z: [B, E], the gate. Any row strides.
         projected: [B, 2 N], any row stride: B and C; or wider, as x_proj gives them: [B, R + 2 N], the step not read.
-        step: [B, E], any row stride: W_dt step, without its bias.
-        x, z, step_bias, A, D, state: as for `selective_step`.
+        step: [B, E], any row stride: W_dt step, without its bias, which is step_bias [E].
+        A: [E, N] float32, contiguous, negative.
+        D: [E], or None.
+        state: [B, E, N], contiguous, float32 or narrower; updated in place.
         plan: how to cut the work; None: `update_plan`'s.
 
     Returns:
@@ -1078,98 +1096,39 @@ def selective_update(
     rows, channels, size = state.shape
     rank = projected.shape[1] - 2 * size
     _check_shape("projected", projected, (rows, max(rank, 0) + 2 * size))
-    _check_shape("step", step, (rows, channels))
-    _check_selective(x, z, step_bias, A, D, state, active, out)
+    for name, tensor in (("x", x), ("z", z), ("step", step), ("out", out)):
+        _check_shape(name, tensor, (rows, channels))
+    _check_shape("step_bias", step_bias, (channels,))
+    _check_shape("A", A, (channels, size))
+    _check_shape("D", D, (channels,))
+    _check_shape("active", active, (rows,))
     contiguous = A.is_contiguous() and state.is_contiguous()
     if not _kernel_takes(x, z, projected, step, step_bias, A, D, state, active, out) or not contiguous:
         return selective_update_naive(x, z, projected, step, step_bias, A, D, state, active, out)
-    given = None, projected, step, None, step_bias, A, D, state, active
-    return _launch_selective(x, z, given, rank, out, plan or update_plan(channels, size))
+    if plan is None:
+        plan = update_plan(channels, size)
+    if out is None:
+        out = x.new_empty(rows, channels)
+    _launch(
+        _selective_update_kernel,
+        (_blocks(channels, plan.channels), rows),
+        plan.warps,
+        *(x, z, projected, step, step_bias, A, D, state, _as_bytes(active), out),
+        *(x.stride(0), z.stride(0), projected.stride(0), step.stride(0), out.stride(0)),
+        CHANNELS=channels,
+        RANK=rank,
+        SIZE=size,
+        BLOCK=plan.channels,
+        BLOCK_SIZE=_power_of_two(size),
+        ROUND_STEP=step_bias.dtype != torch.float32,
+    )
+    return out
 
 
 def update_plan(channels: int, size: int) -> ChannelPlan:
     """The cut of `selective_update`: of a float32 state 2 KB a program, 16 bytes on their way for a thread; best on an H100
     for 64 rows of mamba-2.8b, and as good as any for 16."""
     return ChannelPlan(min(max(512 // _power_of_two(size), 16), _power_of_two(channels)), 4)
-
-
-def _check_selective(
-    x: torch.Tensor,
-    z: torch.Tensor,
-    step_bias: torch.Tensor,
-    A: torch.Tensor,
-    D: torch.Tensor | None,
-    state: torch.Tensor,
-    active: torch.Tensor | None,
-    out: torch.Tensor | None,
-) -> None:
-    rows, channels, size = state.shape
-    _check_shape("x", x, (rows, channels))
-    _check_shape("z", z, (rows, channels))
-    _check_shape("step_bias", step_bias, (channels,))
-    _check_shape("A", A, (channels, size))
-    _check_shape("D", D, (channels,))
-    _check_shape("active", active, (rows,))
-    _check_shape("out", out, (rows, channels))
-
-
-def _launch_selective(
-    x: torch.Tensor,
-    z: torch.Tensor,
-    given: tuple[torch.Tensor | None, ...],
-    rank: int,
-    out: torch.Tensor | None,
-    plan: ChannelPlan,
-) -> torch.Tensor:
-    """`given`: the kernel's tensors from `partials` to `active`."""
-    partials, projected, step, step_weight, step_bias, A, D, state, active = given
-    assert state is not None
-    assert step_bias is not None
-    rows, channels, size = state.shape
-    if out is None:
-        out = x.new_empty(rows, channels)
-    parts = 0 if partials is None else partials.shape[0]
-    _launch(
-        _selective_step_kernel,
-        (_blocks(channels, plan.channels), rows),
-        plan.warps,
-        *(x, z, partials, projected, step, step_weight, step_bias, A, D, state, _as_bytes(active), out),
-        rows=rows,
-        x_stride=x.stride(0),
-        z_stride=z.stride(0),
-        projected_stride=_row_stride(projected),
-        step_stride=_row_stride(step),
-        out_stride=out.stride(0),
-        CHANNELS=channels,
-        RANK=rank,
-        SIZE=size,
-        PARTS=parts,
-        BLOCK=plan.channels,
-        BLOCK_RANK=max(_power_of_two(rank), 16),
-        BLOCK_SIZE=min(_power_of_two(size), 16),
-        STEP_PARTS=min(_power_of_two(parts), max(1024 // _power_of_two(rank), 1)),
-        STATE_PARTS=min(_power_of_two(parts), 64),
-        ROUND_STEP=step_bias.dtype != torch.float32,
-    )
-    return out
-
-
-def selective_step_naive(
-    x: torch.Tensor,
-    z: torch.Tensor,
-    partials: torch.Tensor,
-    step_weight: torch.Tensor,
-    step_bias: torch.Tensor,
-    A: torch.Tensor,
-    D: torch.Tensor | None,
-    state: torch.Tensor,
-    active: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Reference of `selective_step`."""
-    projected = partials.sum(0).to(step_weight.dtype)
-    step = F.linear(projected[:, : step_weight.shape[1]], step_weight)
-    return selective_update_naive(x, z, projected, step, step_bias, A, D, state, active, out)
 
 
 def selective_update_naive(
@@ -1208,31 +1167,53 @@ def _softplus(x):
 
 
 @jit
-def _projected(partials, row, rows, column, known, WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr):
-    """The sum over the parts [columns] of a row; 0 where the columns are not `known`."""
-    total = tl.zeros([BLOCK_PARTS, column.shape[0]], tl.float32)
-    for start in tl.static_range(0, PARTS, BLOCK_PARTS):
-        part = start + tl.arange(0, BLOCK_PARTS)
-        place = partials + (part * rows + row)[:, None] * WIDTH + column[None, :]
-        total += tl.load(place, mask=(part < PARTS)[:, None] & known[None, :], other=0.0)
-    return tl.sum(total, 0)
+def _step_size(step, bias, dtype: tl.constexpr, ROUND_STEP: tl.constexpr):
+    """softplus(step + bias), rounded where dt_proj rounds."""
+    dt = step.to(dtype).to(tl.float32) + bias
+    if ROUND_STEP:
+        dt = dt.to(dtype).to(tl.float32)
+    return _softplus(dt)
 
 
 @jit
-def _selective_step_kernel(
+def _selective_states(A, state, channel, CHANNELS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Rates and states [channels, columns] of a row, where the states lie, and which there are."""
+    column = tl.arange(0, BLOCK_SIZE)
+    here = (channel < CHANNELS)[:, None] & (column < SIZE)[None, :]
+    place = channel.to(tl.int64)[:, None] * SIZE + column[None, :]
+    rate = tl.load(A + place, mask=here, other=0.0)
+    return rate, tl.load(state + place, mask=here, other=0.0), state + place, here
+
+
+@jit
+def _selective_output(y, dt, u, gate, rate, h, shared, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """(C h + y) * silu(gate) [channels] of a row, and the new h, which is still to be stored.
+
+    Args:
+        y: D x. dt, u, gate: step size, x and gate. All [channels] in float32.
+        rate, h: `_selective_states`.
+        shared: B of the row, behind which C lies.
+    """
+    column = tl.arange(0, BLOCK_SIZE)
+    # Not from this multiprocessor's own cache: a program of this very kernel may have written them.
+    B = tl.load(shared + column, mask=column < SIZE, other=0.0, cache_modifier=".cg").to(tl.float32)
+    C = tl.load(shared + SIZE + column, mask=column < SIZE, other=0.0, cache_modifier=".cg").to(tl.float32)
+    h = tl.exp(dt[:, None] * rate) * h.to(tl.float32) + (dt * u)[:, None] * B[None, :]
+    return (y + tl.sum(h * C[None, :], 1)) * _silu(gate), h
+
+
+@jit
+def _selective_update_kernel(
     x,
     z,
-    partials,
     projected,
     step,
-    step_weight,
     step_bias,
     A,
     D,
     state,
     active,
     out,
-    rows,
     x_stride,
     z_stride,
     projected_stride,
@@ -1241,72 +1222,37 @@ def _selective_step_kernel(
     CHANNELS: tl.constexpr,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    STEP_PARTS: tl.constexpr,
-    STATE_PARTS: tl.constexpr,
     ROUND_STEP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """`partials` and `step_weight`, or `projected` and `step`, are there."""
-    WIDTH: tl.constexpr = RANK + 2 * SIZE
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
-    rank = tl.arange(0, BLOCK_RANK)
-    column = tl.arange(0, BLOCK_SIZE)
     known = channel < CHANNELS
+    state += row * CHANNELS * SIZE
 
-    # What the kernel before does not write comes first: on its way while that kernel runs out and the parts are summed.
-    if step_weight is not None:
-        tile_here = known[:, None] & (rank < RANK)[None, :]
-        tile = tl.load(step_weight + channel[:, None] * RANK + rank[None, :], mask=tile_here, other=0.0)
-    place = state + (row * CHANNELS + channel)[:, None] * SIZE + column[None, :]
-    h = tl.load(place, mask=known[:, None] & (column < SIZE)[None, :], other=0.0)
+    # What the kernels before do not write comes first: on its way while they run out.
+    rate, h, place, here = _selective_states(A, state, channel, CHANNELS, SIZE, BLOCK_SIZE)
+    bias = tl.load(step_bias + channel, mask=known, other=0.0).to(tl.float32)
+    skip = tl.zeros([BLOCK], tl.float32)
+    if D is not None:
+        skip += tl.load(D + channel, mask=known, other=0.0).to(tl.float32)
     if DEPENDENT:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     written = known
     if active is not None:
         written = known & (tl.load(active + row) != 0)
-
-    if step_weight is not None:
-        dtype = step_weight.dtype.element_ty
-        factor = _projected(partials, row, rows, rank, rank < RANK, WIDTH, PARTS, STEP_PARTS).to(dtype)
-        dt = tl.sum(tile.to(tl.float32) * factor.to(tl.float32)[None, :], 1)
-    else:
-        dtype = step.dtype.element_ty
-        dt = tl.load(step + row * step_stride + channel, mask=known, other=0.0)
-    dt = dt.to(dtype).to(tl.float32) + tl.load(step_bias + channel, mask=known, other=0.0).to(tl.float32)
-    if ROUND_STEP:
-        dt = dt.to(dtype).to(tl.float32)
-    dt = _softplus(dt)
+    dt = tl.load(step + row * step_stride + channel, mask=known, other=0.0)
+    dt = _step_size(dt, bias, step.dtype.element_ty, ROUND_STEP)
     u = tl.load(x + row * x_stride + channel, mask=known, other=0.0).to(tl.float32)
     gate = tl.load(z + row * z_stride + channel, mask=known, other=0.0).to(tl.float32)
-    y = tl.zeros([BLOCK], tl.float32)
-    if D is not None:
-        y += u * tl.load(D + channel, mask=known, other=0.0).to(tl.float32)
-
-    for start in range(0, SIZE, BLOCK_SIZE):
-        now = start + column
-        later = now + BLOCK_SIZE
-        h_later = tl.load(place + start + BLOCK_SIZE, mask=known[:, None] & (later < SIZE)[None, :], other=0.0)
-        rate_here = known[:, None] & (now < SIZE)[None, :]
-        rate = tl.load(A + channel[:, None] * SIZE + now[None, :], mask=rate_here, other=0.0)
-        if projected is None:
-            B = _projected(partials, row, rows, RANK + now, now < SIZE, WIDTH, PARTS, STATE_PARTS).to(dtype)
-            C = _projected(partials, row, rows, RANK + SIZE + now, now < SIZE, WIDTH, PARTS, STATE_PARTS).to(dtype)
-        else:
-            shared = projected + row * projected_stride + RANK + now
-            B = tl.load(shared, mask=now < SIZE, other=0.0)
-            C = tl.load(shared + SIZE, mask=now < SIZE, other=0.0)
-        h = tl.exp(dt[:, None] * rate) * h.to(tl.float32) + (dt * u)[:, None] * B.to(tl.float32)[None, :]
-        y += tl.sum(h * C.to(tl.float32)[None, :], 1)
-        tl.debug_barrier()  # no thread may write what another has yet to read
-        tl.store(place + start, h.to(state.dtype.element_ty), mask=written[:, None] & (now < SIZE)[None, :])
-        h = h_later
-    tl.store(out + row * out_stride + channel, (y * _silu(gate)).to(out.dtype.element_ty), mask=known)
+    shared = projected + row * projected_stride + RANK
+    y, h = _selective_output(skip * u, dt, u, gate, rate, h, shared, SIZE, BLOCK_SIZE)
+    tl.store(out + row * out_stride + channel, y.to(out.dtype.element_ty), mask=known)
+    tl.debug_barrier()  # no thread may write what another has yet to read
+    tl.store(place, h.to(state.dtype.element_ty), mask=here & written[:, None])
 
 
 # Mamba-2's recurrence
@@ -1413,6 +1359,81 @@ def dual_step_naive(
 
 
 @jit
+def _dual_channels(program, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """The channels of a program in their head, and among those of all heads."""
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+    channel = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    return channel, program // BLOCKS * CHANNELS + channel
+
+
+@jit
+def _dual_places(state, program, CHANNELS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Where a program's states [channels, columns] of a row lie, and which there are."""
+    channel, inner = _dual_channels(program, CHANNELS, BLOCK)
+    column = tl.arange(0, BLOCK_SIZE)
+    here = (channel < CHANNELS)[:, None] & (column < SIZE)[None, :]
+    return state + inner.to(tl.int64)[:, None] * SIZE + column[None, :], here
+
+
+@jit
+def _dual_states(
+    state,
+    D,
+    step_bias,
+    A,
+    program,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """What no kernel before writes: a program's states of a row; of its head D or 0, the bias of the step, and the rate."""
+    place, here = _dual_places(state, program, CHANNELS, SIZE, BLOCK, BLOCK_SIZE)
+    h = tl.load(place, mask=here, other=0.0)
+    head = program // ((CHANNELS + BLOCK - 1) // BLOCK)
+    skip = 0.0
+    if D is not None:
+        skip = tl.load(D + head).to(tl.float32)
+    return h, skip, tl.load(step_bias + head).to(tl.float32), tl.load(A + head)
+
+
+@jit
+def _dual_output(
+    xBC,
+    step,
+    state,
+    h,
+    skip,
+    bias,
+    rate,
+    low,
+    high,
+    program,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """y [channels] of a row in float32; and, to be stored, where, the new states, and which of them there are."""
+    channel, inner = _dual_channels(program, CHANNELS, BLOCK)
+    head = program // ((CHANNELS + BLOCK - 1) // BLOCK)
+    group = head // (HEADS // GROUPS)
+    column = tl.arange(0, BLOCK_SIZE)
+    dt = _softplus(tl.load(step + head).to(tl.float32) + bias)
+    dt = tl.minimum(tl.maximum(dt, low), high)
+    x = tl.load(xBC + inner, mask=channel < CHANNELS, other=0.0).to(tl.float32)
+    shared = xBC + HEADS * CHANNELS + group * SIZE + column
+    B = tl.load(shared, mask=column < SIZE, other=0.0).to(tl.float32)
+    C = tl.load(shared + GROUPS * SIZE, mask=column < SIZE, other=0.0).to(tl.float32)
+    h = tl.exp(dt * rate) * h.to(tl.float32) + (dt * x)[:, None] * B[None, :]
+    place, here = _dual_places(state, program, CHANNELS, SIZE, BLOCK, BLOCK_SIZE)
+    return tl.sum(h * C[None, :], 1) + skip * x, place, h, here
+
+
+@jit
 def _dual_step_kernel(
     xBC,
     step,
@@ -1436,38 +1457,38 @@ def _dual_step_kernel(
     BLOCK_SIZE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
-    INNER: tl.constexpr = HEADS * CHANNELS
-    head = tl.program_id(0) // BLOCKS
+    program = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, BLOCK_SIZE)
-    group = head // (HEADS // GROUPS)
-    known = channel < CHANNELS
-    here = known[:, None] & (column < SIZE)[None, :]
-    place = state + ((row * HEADS + head) * CHANNELS + channel[:, None]) * SIZE + column[None, :]
-    h = tl.load(place, mask=here, other=0.0)  # the kernel before does not write it
+    state += row * HEADS * CHANNELS * SIZE
+    h, skip, bias, rate = _dual_states(state, D, step_bias, A, program, HEADS, CHANNELS, SIZE, BLOCK, BLOCK_SIZE)
     if DEPENDENT:
-        gdc_wait()
         gdc_launch_dependents()
-    dt = _softplus(tl.load(step + row * step_stride + head).to(tl.float32) + tl.load(step_bias + head).to(tl.float32))
-    dt = tl.minimum(tl.maximum(dt, low), high)
-    decay = tl.exp(dt * tl.load(A + head))
-    start = xBC + row * x_stride
-    x = tl.load(start + head * CHANNELS + channel, mask=known, other=0.0).to(tl.float32)
-    shared = start + INNER + group * SIZE + column
-    B = tl.load(shared, mask=column < SIZE, other=0.0).to(tl.float32)
-    C = tl.load(shared + GROUPS * SIZE, mask=column < SIZE, other=0.0).to(tl.float32)
-    h = decay * h.to(tl.float32) + (dt * x)[:, None] * B[None, :]
-    y = tl.sum(h * C[None, :], 1)
-    if D is not None:
-        y += tl.load(D + head).to(tl.float32) * x
-    written = here
+        gdc_wait()
+    takes_part = True
     if active is not None:
-        written = here & (tl.load(active + row) != 0)
+        takes_part = tl.load(active + row) != 0
+    y, place, h, here = _dual_output(
+        xBC + row * x_stride,
+        step + row * step_stride,
+        state,
+        h,
+        skip,
+        bias,
+        rate,
+        low,
+        high,
+        program,
+        HEADS,
+        CHANNELS,
+        SIZE,
+        GROUPS,
+        BLOCK,
+        BLOCK_SIZE,
+    )
+    channel, inner = _dual_channels(program, CHANNELS, BLOCK)
+    tl.store(out + row * out_stride + inner, y.to(out.dtype.element_ty), mask=channel < CHANNELS)
     tl.debug_barrier()  # no thread may write what another has yet to read
-    tl.store(place, h.to(state.dtype.element_ty), mask=written)
-    tl.store(out + row * out_stride + head * CHANNELS + channel, y.to(out.dtype.element_ty), mask=known)
+    tl.store(place, h.to(state.dtype.element_ty), mask=here & takes_part)
 
 
 # What they share

@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .configuration_remamba2 import ReMamba2Config
-from .decode_kernels import convolution_step, dual_step, norm_in_one_kernel, norm_linear
+from .decode_kernels import FEW_ROWS, Convolution, dual_step, norm_in_one_kernel, norm_linear
 from .precision import at_least_float32, with_shift
 from .recurrent_model import (
     OwnStart,
@@ -28,6 +28,7 @@ from .recurrent_model import (
 )
 from .selective_compression import Adaptation
 from .state_space_dual import state_space_dual, state_space_dual_step
+from .tail_kernels import dual_tail
 from .two_stage_model import StepAdaptation, TwoStageBlock, TwoStageForCausalLM, TwoStageModel
 
 
@@ -142,25 +143,31 @@ class ReMamba2Mixer(RecurrentMixer):
         conv_state: torch.Tensor,
         ssm_state: torch.Tensor,
         decay_rates: torch.Tensor,
+        counters: torch.Tensor,
         residual_in_fp32: bool,
     ) -> torch.Tensor:
-        """A block's step in four kernels; see `MambaMixer.fused_step`."""
-        projected = norm_linear(hidden_states, self.in_proj.weight, self.in_proj.bias, norm.weight, norm.eps)
-        z, xBC, step = projected.split(self.projected_sizes, dim=-1)
-        xBC = convolution_step(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state)
-        limits = self.config.time_step_limit
-        y = dual_step(xBC, step, self.dt_bias, decay_rates, self.D, ssm_state, limits)
-        return norm_linear(
-            y,
-            self.out_proj.weight,
-            self.out_proj.bias,
-            self.norm.weight,
-            self.norm.eps,
-            gate=z,
-            groups=self.norm.groups,
-            residual=hidden_states,
-            residual_in_fp32=residual_in_fp32,
+        """A block's step in a few kernels; see `MambaMixer.fused_step`."""
+        sizes = self.projected_sizes
+        kernel = Convolution(sizes[0], self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state)
+        projected = norm_linear(
+            hidden_states,
+            self.in_proj.weight,
+            self.in_proj.bias,
+            norm.weight,
+            norm.eps,
+            convolution=kernel,
+            counters=counters,
         )
+        z, xBC, step = projected.split(sizes, dim=-1)
+        states = decay_rates, self.D, ssm_state, self.config.time_step_limit
+        gated = self.norm.weight, self.norm.eps, self.norm.groups
+        last = self.out_proj.weight, self.out_proj.bias
+        if len(hidden_states) <= FEW_ROWS:
+            arguments = *states, *gated, *last, hidden_states, residual_in_fp32, counters
+            return dual_tail(xBC, z, step, self.dt_bias, *arguments)
+        y = dual_step(xBC, step, self.dt_bias, *states)
+        weight, eps, groups = gated
+        return norm_linear(y, *last, weight, eps, z, groups, hidden_states, residual_in_fp32)
 
     def _step_size(self, step: torch.Tensor, adaptation: Adaptation | None) -> torch.Tensor:
         """dt = clamp(softplus(alpha * step + Theta + dt_bias)) at kept vectors, without alpha and Theta elsewhere.
