@@ -40,6 +40,7 @@ ALLOWED_ON = {
     "note_kernels.py": {"tl"},
     "scan_gradients.py": {"tl"},
     "scan_kernels.py": {"tl"},
+    "tail_kernels.py": {"tl"},
     "token_loss.py": {"tl"},
 }
 FORBIDDEN_NAMES = {
