@@ -353,7 +353,7 @@ def test_echoes_come_first(data):
     assert ours[2]["prompt_length"] == 128, "phases count from the first step on"
 
 
-def test_a_start_that_does_not_learn_is_given_up(data, tmp_path, run, capsys):
+def test_a_start_that_does_not_learn_is_given_up(data, tmp_path, run):
     recipe = replace(SMALL, trunk=replace(SMALL.trunk, must_match=0.9, echo_steps=1))
     lab = experiment(tmp_path / "run", data)
     (lab.run / "base").symlink_to(run / "base")

@@ -114,11 +114,14 @@ def test_a_terminated_command_leaves_no_files(tmp_path):
     command = [sys.executable, "-m", "remamba_hf.cli", "ui", "--model", str(CARDS / "remamba-tiny"), "--device", "cpu"]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(CARDS.parent)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
-        address = process.stdout.readline()
-        assert address.startswith("http://127.0.0.1:"), address
-        assert list(tmp_path.glob("remamba-ui-*"))
-        process.send_signal(signal.SIGTERM)
-        process.stdout.read()
+        try:
+            address = process.stdout.readline()
+            assert address.startswith("http://127.0.0.1:"), address
+            assert list(tmp_path.glob("remamba-ui-*"))
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        finally:
+            process.kill()
     assert process.returncode == 128 + signal.SIGTERM
     assert not list(tmp_path.glob("remamba-ui-*"))
 

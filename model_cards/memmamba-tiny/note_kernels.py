@@ -898,14 +898,11 @@ def _note_step_kernel(
         vector = tl.load(gates + column, mask=known_column, other=0.0).to(tl.float32)
         logit = tl.load(gate_bias + READER).to(tl.float32)
     if DEPENDENT:
-        if READERS == 1:
-            gdc_launch_dependents()
         if READER == 0:
             gdc_wait()
         # A later reader's kernel starts when the first one's programs all know the token to be written: it runs beside that
         # kernel, and waits only for what it has to add to. The cache of its multiprocessor may be older, hence ".cg" below.
-        if READERS > 1:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
 
     place = x + row * x_stride
     value_of_token = tl.load(place + column, mask=known_column, other=0.0, cache_modifier=".cg").to(tl.float32)

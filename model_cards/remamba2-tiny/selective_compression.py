@@ -228,16 +228,14 @@ def _projection(hidden_size: int) -> nn.Sequential:
 class SelectiveCompressor(nn.Module):
     """Scores a window against the query token and turns its best positions into vectors (Eq. 3 to 6).
 
-    Args:
-        config: `hidden_size`, `selection`, `scale_score_gradient`.
+    It keeps no configuration: PEFT trains a copy of this module, which would have a copy of it, deaf to the model's.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, hidden_size: int):
         super().__init__()
-        self.config = config
-        self.query = _projection(config.hidden_size)
-        self.key = _projection(config.hidden_size)
-        self.value = _projection(config.hidden_size)
+        self.query = _projection(hidden_size)
+        self.key = _projection(hidden_size)
+        self.value = _projection(hidden_size)
 
     def scores(self, query_state: torch.Tensor, window_states: torch.Tensor) -> torch.Tensor:
         """Cosine similarity of Query(query_state [B, H]) and Key(window_states [B, M, H]): [B, M], float32 or float64."""
@@ -248,26 +246,29 @@ class SelectiveCompressor(nn.Module):
         pieces = window_states.split(max(step, 1), dim=1)
         return torch.cat([F.cosine_similarity(self.key(p).to(dtype), query, dim=-1, eps=1e-8) for p in pieces], dim=1)
 
-    def forward(self, query_state: torch.Tensor, window_states: torch.Tensor, windows: list[Window]) -> Selection:
+    def forward(
+        self, query_state: torch.Tensor, window_states: torch.Tensor, windows: list[Window], config: Any
+    ) -> Selection:
         """Score, select, project.
 
         Args:
             query_state: [B, H], stage 1's state of each prompt's last token, after the final norm.
             window_states: [B, M, H], states of each row's window from its first position on; the rest is arbitrary.
             windows: the rows' windows.
+            config: the model's: `selection`, `scale_score_gradient`.
         """
         scores = self.scores(query_state, window_states)
         kept = max(window.kept for window in windows)
-        local = self._select(scores, windows, kept)
+        local = _select(config.selection, scores, windows, kept)
         lengths = torch.tensor([window.kept for window in windows])
         present = sent(torch.arange(kept) < lengths[:, None], scores.device)
         chosen = scores.gather(1, local)
         alpha, adapts = F.relu(chosen), True
-        if self.config.scale_score_gradient:
+        if config.scale_score_gradient:
             alpha = _ScaleGradient.apply(alpha)
         states = window_states.gather(1, local[..., None].expand(-1, -1, window_states.shape[-1]))
         values = self.value(states)
-        if self.config.selection == "multiplicative":
+        if config.selection == "multiplicative":
             weights = chosen.masked_fill(~present, -torch.inf).softmax(-1).masked_fill(~present, 0.0)
             values = values * weights.unsqueeze(-1).to(values.dtype)
             alpha, adapts = torch.ones_like(alpha), False
@@ -280,18 +281,19 @@ class SelectiveCompressor(nn.Module):
             adapts=adapts,
         )
 
-    @torch.no_grad()
-    def _select(self, scores: torch.Tensor, windows: list[Window], kept: int) -> torch.Tensor:
-        """Positions in the window [B, K], the present ones ascending. Equal scores: the earlier position wins."""
-        if self.config.selection in ("random", "stride"):
-            return sent(torch.stack([_unscored(self.config.selection, window, kept) for window in windows]), scores.device)
-        lengths = sent([window.length for window in windows], scores.device)
-        size = scores.shape[1]
-        outside = torch.arange(size, device=scores.device) >= lengths[:, None]
-        ranked = scores.masked_fill(outside, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :kept]
-        counts = sent([window.kept for window in windows], scores.device)
-        absent = torch.arange(kept, device=scores.device) >= counts[:, None]
-        return ranked.masked_fill(absent, size).sort(dim=1).values.clamp(max=size - 1)
+
+@torch.no_grad()
+def _select(selection: str, scores: torch.Tensor, windows: list[Window], kept: int) -> torch.Tensor:
+    """Positions in the window [B, K], the present ones ascending. Equal scores: the earlier position wins."""
+    if selection in ("random", "stride"):
+        return sent(torch.stack([_unscored(selection, window, kept) for window in windows]), scores.device)
+    lengths = sent([window.length for window in windows], scores.device)
+    size = scores.shape[1]
+    outside = torch.arange(size, device=scores.device) >= lengths[:, None]
+    ranked = scores.masked_fill(outside, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :kept]
+    counts = sent([window.kept for window in windows], scores.device)
+    absent = torch.arange(kept, device=scores.device) >= counts[:, None]
+    return ranked.masked_fill(absent, size).sort(dim=1).values.clamp(max=size - 1)
 
 
 def _unscored(selection: str, window: Window, kept: int) -> torch.Tensor:

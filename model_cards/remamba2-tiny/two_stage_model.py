@@ -90,7 +90,7 @@ class TwoStageModel(TwoStageBackbone, RecurrentModel):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.compressor = SelectiveCompressor(config)
+        self.compressor = SelectiveCompressor(config.hidden_size)
         self.post_init()
 
     def run_layers(

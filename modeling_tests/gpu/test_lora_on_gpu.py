@@ -22,12 +22,12 @@ DEVICE = "cuda"
 ALLOWED = {32: (5e-3, 5e-3), 4: (5e-3, 5e-3), 8: (2e-2, 2e-1)}
 
 
-def trained_once(model: Any, batch: dict[str, torch.Tensor], **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits, and gradients of all that is trained and takes part, with the same draws for every model."""
+def trained_once(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits and gradients of all that is trained, with the same draws for every model."""
     torch.manual_seed(3)
-    output = model.train()(**{name: tensor.to(model.device) for name, tensor in batch.items()}, **options)
+    output = model.train()(**{name: tensor.to(model.device) for name, tensor in batch.items()})
     output.loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return output.logits, {name.replace(".base_layer", ""): gradient for name, gradient in gradients.items()}
 
 
@@ -50,24 +50,19 @@ class RoundedToCodes(torch.autograd.Function):
         return gradient, None
 
 
-def round_inputs(model: Any) -> None:
-    """Of the layers that stand for 8 bits; 6 is transformers' threshold."""
+def round_as_8_bits_do(model: Any) -> None:
+    """The inputs to codes and the results to float16 of the layers that stand for 8 bits; 6 is transformers' threshold."""
     for name, module in model.named_modules():
         if name.endswith(("in_proj.base_layer", "out_proj.base_layer")):
             module.register_forward_pre_hook(lambda layer, inputs: (RoundedToCodes.apply(inputs[0], 6.0),))
+            module.register_forward_hook(lambda layer, inputs, y: y + (y.half().float() - y).detach())
 
 
-def compare(
-    prefix: str, model: Any, exact: Any, batch: dict[str, torch.Tensor], allowed: tuple[float, float], **options: Any
-) -> None:
-    """`options`: of the models' calls."""
-    logits, gradients = trained_once(model, batch, **options)
-    expected_logits, expected = trained_once(exact, batch, **options)
+def compare(prefix: str, model: Any, exact: Any, batch: dict[str, torch.Tensor], allowed: tuple[float, float]) -> None:
+    logits, gradients = trained_once(model, batch)
+    expected_logits, expected = trained_once(exact, batch)
     assert gradients.keys() == expected.keys()
     assert all(gradient.abs().max() > 0 for gradient in expected.values())
-    trained = {name.replace(".base_layer", "") for name, p in model.named_parameters() if p.requires_grad}
-    assert all("compressor" in name or "adaptation" in name for name in trained - gradients.keys())
-    assert options or trained == gradients.keys()
     note(f"{prefix}, logits", logits, expected_logits, allowed[0])
     note_all(prefix, list(gradients), list(gradients.values()), [expected[name] for name in gradients], allowed[1])
 
@@ -88,15 +83,15 @@ def test_every_projection_gets_its_gradient(family, checkpointing):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_base_of_few_bits(family, bits, tmp_path):
-    """As ordinary layers with the weights that the codes stand for, and the inputs. With 8 bits in one pass: the scores of
-    random weights lie around 0, where a few codes that are rounded the other way change them by a tenth."""
+    """As ordinary layers with the weights that the codes stand for, and the inputs. With 8 bits evenly spaced vectors are
+    kept: a code that is rounded the other way would have the scores of random weights choose others."""
     pytest.importorskip("bitsandbytes")
     test_quantised.tiny(family).save_pretrained(tmp_path)
     base = test_quantised.quantised(tmp_path, "bitsandbytes", bits, device_map={"": DEVICE})
     exact = test_quantised.with_recipe(test_quantised.reference(tmp_path, base).to(DEVICE))
-    options = {}
-    if bits == 8:
-        round_inputs(exact)
-        options = {} if family == "memmamba" else {"compress_prompt": False}
     model = test_quantised.with_recipe(base)
-    compare(f"LoRA on {bits} bits, {family}", model, exact, test_quantised.BATCH, ALLOWED[bits], **options)
+    if bits == 8:
+        round_as_8_bits_do(exact)
+        for one in (model, exact):
+            one.get_base_model().config.selection = "stride"  # MemMamba has none
+    compare(f"LoRA on {bits} bits, {family}", model, exact, test_quantised.BATCH, ALLOWED[bits])

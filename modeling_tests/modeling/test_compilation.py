@@ -11,14 +11,7 @@ import torch
 from modeling_tests.modeling.test_note_kernels import Case, Sizes
 from modeling_tests.modeling.tiny_models import tiny_model
 from modeling_tests.modeling.tritons_interpreter import INTERPRETED
-from remamba_hf.modeling import (
-    convolution_kernels,
-    decode_kernels,
-    note_kernels,
-    scan_gradients,
-    scan_kernels,
-    tail_kernels,
-)
+from remamba_hf.modeling import convolution_kernels, decode_kernels, note_kernels, scan_gradients, scan_kernels, tail_kernels
 
 triton = pytest.importorskip("triton")
 compiler = pytest.importorskip("triton.compiler")
@@ -27,12 +20,8 @@ targets = pytest.importorskip("triton.backends.compiler")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="nothing of it is interpreted")
 CPU = torch.device("cpu")
 MODULES: tuple[ModuleType, ...] = (
-    convolution_kernels,
-    decode_kernels,
-    note_kernels,
-    scan_gradients,
-    scan_kernels,
-    tail_kernels,
+    *(convolution_kernels, decode_kernels, note_kernels),
+    *(scan_gradients, scan_kernels, tail_kernels),
 )
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
 

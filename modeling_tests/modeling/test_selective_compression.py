@@ -145,9 +145,9 @@ def test_a_setting_may_be_one_number_or_one_a_row(given):
     assert settings_for_rows(tiny_config(), 2, span=given) == [Setting(0.1, 0.25, 0.3)] * 2
 
 
-def compressor_with(scores, selection="score"):
-    """A compressor whose scores are given: only `_select` and what follows is under test."""
-    compressor = SelectiveCompressor(tiny_config(selection=selection)).double()
+def compressor_with(scores):
+    """A compressor whose scores are given: only what follows them is under test."""
+    compressor = SelectiveCompressor(16).double()
     compressor.scores = lambda query, states: scores
     return compressor
 
@@ -155,7 +155,7 @@ def compressor_with(scores, selection="score"):
 def select(scores, windows, selection="score"):
     scores = torch.as_tensor(scores, dtype=torch.float64)
     states = torch.randn(*scores.shape, 16, dtype=torch.float64)
-    return compressor_with(scores, selection)(states[:, 0], states, windows), states
+    return compressor_with(scores)(states[:, 0], states, windows, tiny_config(selection=selection)), states
 
 
 @pytest.mark.smoke
@@ -204,9 +204,9 @@ def test_stride_is_evenly_spaced():
 
 def test_random_is_a_fixed_subset_of_the_window():
     scores, windows = torch.zeros(2, 40, dtype=torch.float64), [Window(3, 40, 9), Window(0, 40, 9)]
-    compressor, states = compressor_with(scores, "random"), torch.randn(2, 40, 16, dtype=torch.float64)
+    compressor, states = compressor_with(scores), torch.randn(2, 40, 16, dtype=torch.float64)
     before = torch.get_rng_state()
-    first, second = compressor(states[:, 0], states, windows).positions.tolist()
+    first, second = compressor(states[:, 0], states, windows, tiny_config(selection="random")).positions.tolist()
     assert torch.equal(torch.get_rng_state(), before), "the ablation must not disturb the caller's random numbers"
     assert first == sorted(set(first))
     assert [position - 3 for position in first] == second
@@ -221,9 +221,8 @@ def test_multiplicative_puts_the_weights_into_the_values():
     scores = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.3, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     windows = [Window(0, 3, 2), Window(0, 2, 1), Window(0, 0, 0)]
     compressor, states = compressor_with(scores), torch.randn(3, 3, 16, dtype=torch.float64)
-    plain = compressor(states[:, 0], states, windows)
-    compressor.config.selection = "multiplicative"
-    weighted = compressor(states[:, 0], states, windows)
+    plain = compressor(states[:, 0], states, windows, tiny_config())
+    weighted = compressor(states[:, 0], states, windows, tiny_config(selection="multiplicative"))
     assert not weighted.adapts
     assert weighted.positions.tolist() == plain.positions.tolist() == [[0, 2], [1, -1], [-1, -1]]
     weights = torch.tensor([0.9, 0.5], dtype=torch.float64).softmax(0)
@@ -237,10 +236,9 @@ def test_multiplicative_puts_the_weights_into_the_values():
 @pytest.mark.parametrize("scale", [False, True])
 def test_the_scores_gradient_is_scaled_by_the_score(scale):
     scores = torch.tensor([[0.9, -0.3, 0.5]], dtype=torch.float64, requires_grad=True)
-    compressor = SelectiveCompressor(tiny_config(scale_score_gradient=scale)).double()
-    compressor.scores = lambda query, states: scores
     states = torch.randn(1, 3, 16, dtype=torch.float64)
-    chosen = compressor(states[:, 0], states, [Window(0, 3, 3)])
+    config = tiny_config(scale_score_gradient=scale)
+    chosen = compressor_with(scores)(states[:, 0], states, [Window(0, 3, 3)], config)
     (gradient,) = torch.autograd.grad((chosen.alpha * torch.tensor([2.0, 2.0, 3.0])).sum(), scores)
     expected = [[2.0 * 0.9, 0.0, 3.0 * 0.5]] if scale else [[2.0, 0.0, 3.0]]
     torch.testing.assert_close(gradient, torch.tensor(expected, dtype=torch.float64))
@@ -249,7 +247,7 @@ def test_the_scores_gradient_is_scaled_by_the_score(scale):
 def test_scores_in_pieces_are_the_same(monkeypatch):
     from remamba_hf.modeling import selective_compression
 
-    compressor = SelectiveCompressor(tiny_config()).double()
+    compressor = SelectiveCompressor(16).double()
     query, states = torch.randn(2, 16).double(), torch.randn(2, 23, 16).double()
     whole = compressor.scores(query, states)
     monkeypatch.setattr(selective_compression, "_SCORED_AT_ONCE", 4)
@@ -259,7 +257,7 @@ def test_scores_in_pieces_are_the_same(monkeypatch):
 
 def test_scores_of_zero_states_are_zero():
     """A cosine with a zero vector: no NaN, neither forward nor backward."""
-    compressor = SelectiveCompressor(tiny_config()).double()
+    compressor = SelectiveCompressor(16).double()
     for linear in (*compressor.query, *compressor.key):
         if isinstance(linear, torch.nn.Linear):
             torch.nn.init.zeros_(linear.bias)

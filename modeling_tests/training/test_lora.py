@@ -297,6 +297,18 @@ def test_an_adapter_converts_with_its_plain_base(family, tmp_path):
             assert torch.equal(parameter, trained), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_compressor_under_training_heeds_the_models_settings(family):
+    """PEFT trains a copy of it."""
+    model = with_recipe(tiny(family)).eval()
+    kept = {}
+    for selection in ("score", "stride", "random"):
+        model.get_base_model().config.selection = selection
+        with torch.no_grad():
+            kept[selection] = model(IDS, compress_prompt=True).compressed_positions.tolist()
+    assert len({str(positions) for positions in kept.values()}) == 3
+
+
 def test_what_is_trained_is_float32_on_a_bfloat16_base(family, tmp_path):
     base = tiny(family, torch.float32).to(torch.bfloat16)
     model = add_lora(base)

@@ -157,7 +157,7 @@ class TwoStageBackbone(RecurrentBackbone):
         else:
             columns = sent(starts, states.device)[:, None] + torch.arange(longest, device=states.device)
             window_states = gather_columns(states, columns.clamp(max=states.shape[1] - 1))
-        return self.compressor(first.point_states[:, 0], window_states, windows)
+        return self.compressor(first.point_states[:, 0], window_states, windows, self.config)
 
     def _read_compressed(
         self,
