@@ -67,7 +67,7 @@ def _without_evidence(
     ids: torch.Tensor, labels: torch.Tensor, prompt_length: int, compression: tuple[float, float], compress: bool
 ) -> dict[str, Any]:
     """A batch in the form of `RecallDataset`'s; what it knows nothing of stands behind every window."""
-    nowhere = torch.tensor([[prompt_length, prompt_length + 1]]).expand(len(ids), 2)
+    nowhere = torch.tensor([[prompt_length, prompt_length + 1]] * len(ids))
     return {
         "input_ids": ids,
         "labels": labels,
