@@ -341,7 +341,7 @@ def test_echoes_come_first(data):
     ours = batches(3)
     for step in range(2):
         batch = ours[step]
-        assert all(part.is_contiguous() for part in batch.values() if isinstance(part, torch.Tensor)), "or it cannot be pinned"
+        assert all(part.is_contiguous() for part in batch.values() if isinstance(part, torch.Tensor)), "to be pinned"
         first, second = batch["input_ids"].chunk(2, dim=1)
         length = batch["prompt_length"]
         assert torch.equal(first, second)
