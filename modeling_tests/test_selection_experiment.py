@@ -27,7 +27,7 @@ from selection_experiment.data import BookBatches, Instructions, MixedSampler, P
 from selection_experiment.evaluation import WHOLE, Measurement, measurements, setting_name, tokens_left  # noqa: E402
 from selection_experiment.line_data import LineSampler  # noqa: E402
 from selection_experiment.preparation import prepare, tokenizer_and_tokens  # noqa: E402
-from selection_experiment.recipe import ARMS, FULL, TINY, Training  # noqa: E402
+from selection_experiment.recipe import ARMS, FULL, TINY, Phase, Training  # noqa: E402
 from selection_experiment.steps import Experiment  # noqa: E402
 from selection_experiment.training import FAILED, STARTS, NotLearned, OutOfTime, arm_model  # noqa: E402
 
@@ -43,13 +43,13 @@ SMALL = replace(
     vocab_size=400,
     pretraining=Training(6, 256, 3e-3, 2),
     book_lengths=(64, 128),
-    trunk=Training(6, 256, 3e-3, 2, ((0.5, RecallLevel((128,))), (0.5, RecallLevel((192,), questions=2)))),
+    trunk=Training(6, 256, 3e-3, 2, (Phase(0.5, RecallLevel((128,))), Phase(0.5, RecallLevel((192,), questions=2)))),
     tuning=Training(
         6,
         384,
         3e-3,
         2,
-        ((0.5, RecallLevel((192,))), (0.5, RecallLevel((192,), two_stage=1.0, ratio=(0.2, 0.8), min_kept=8))),
+        (Phase(0.5, RecallLevel((192,))), Phase(0.5, RecallLevel((192,), two_stage=1.0, ratio=(0.2, 0.8), min_kept=8))),
     ),
     evaluation=replace(TINY.evaluation, lengths=(240, 280), samples=2, question_length=128, windows=1, counted=8),
     logging_steps=2,
@@ -330,32 +330,54 @@ def test_an_unfinished_training_goes_on_elsewhere(run, data, tmp_path):
     assert ours["steps"] == whole["steps"] == 6
 
 
-def test_echoes_come_first(data):
+def test_what_is_said_again(data):
+    """Echoes and restated facts, which come first in the full recipe."""
     tokenizer, tokens = tokenizer_and_tokens(data)
-    training = replace(SMALL.trunk, echo_steps=2)
+    echo, restated, asked = (
+        Phase(0.2, RecallLevel((16, 24)), "echo"),
+        Phase(0.4, RecallLevel((256,), questions=3), "restated"),
+        Phase(0.4, RecallLevel((128,))),
+    )
+    training = Training(10, 1024, 1e-3, 1, (echo, restated, asked))
+    assert training.ends() == [2, 6, 10]
+    assert training.first_asked_end() == 10
 
-    def batches(seed):
-        sampler = MixedSampler(RecallSampler(tokens, tokenizer, seed, 1), LineSampler(tokenizer, seed), 0.0)
+    def batches(seed, line_share):
+        sampler = MixedSampler(RecallSampler(tokens, tokenizer, seed, 1), LineSampler(tokenizer, seed), line_share)
         return PhasedBatches(training, sampler)
 
-    ours = batches(3)
+    ours = batches(3, 0.0)
     for step in range(2):
         batch = ours[step]
         assert all(part.is_contiguous() for part in batch.values() if isinstance(part, torch.Tensor)), "to be pinned"
         first, second = batch["input_ids"].chunk(2, dim=1)
         length = batch["prompt_length"]
+        assert length in (16, 24)
         assert torch.equal(first, second)
-        assert first.shape == (256 // (2 * length), length)
+        assert len(first) == 1024 // (2 * length)
         assert torch.equal(batch["labels"][:, length + 1 :], second[:, 1:])
         assert (batch["labels"][:, : length + 1] == -100).all()
         assert not batch["compress_prompt"]
-        assert torch.equal(batches(3)[step]["input_ids"], batch["input_ids"])
-    assert not torch.equal(batches(4)[0]["input_ids"][:, :16], ours[0]["input_ids"][:, :16])
-    assert ours[2]["prompt_length"] == 128, "phases count from the first step on"
+        assert torch.equal(batches(3, 0.0)[step]["input_ids"], batch["input_ids"])
+    assert not torch.equal(batches(4, 0.0)[0]["input_ids"][:, :16], ours[0]["input_ids"][:, :16])
+    assert ours[6]["prompt_length"] == 128
+
+    for share, between in ((0.0, (" is ", " was ")), (1.0, (": REGISTER_CONTENT is <",))):
+        batch = batches(3, share)[2]
+        orders = set()
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            answers = ids.where(labels != -100, -1).tolist()
+            numbers = "".join(tokenizer.decode([token]) if token >= 0 else " " for token in answers).split()
+            text, *said = tokenizer.decode(ids[ids != tokenizer.pad_token_id].tolist()).rsplit("\n", 3)
+            assert [piece.split(between[0] if between[0] in piece else between[-1])[1] for piece in said] == numbers
+            places = [text.index(f"{piece}") for piece in said]
+            assert all(place >= 0 for place in places)
+            orders.add(tuple(sorted(range(3), key=places.__getitem__)))
+        assert len(orders) > 1, "not in the text's order"
 
 
 def test_a_start_that_does_not_learn_is_given_up(data, tmp_path, run):
-    recipe = replace(SMALL, trunk=replace(SMALL.trunk, must_match=0.9, echo_steps=1))
+    recipe = replace(SMALL, trunk=replace(SMALL.trunk, must_match=0.9))
     lab = experiment(tmp_path / "run", data)
     (lab.run / "base").symlink_to(run / "base")
     seeds, sampler = [], lab.sampler
@@ -398,16 +420,16 @@ def test_steps_say_what_is_missing(data, tmp_path, capsys):
 def test_recipes_hold_together():
     for recipe in (FULL, TINY, SMALL):
         for training in (recipe.trunk, recipe.tuning):
-            assert sum(share for share, _ in training.phases) == pytest.approx(1)
-            assert training.echo_steps < training.first_phase_end()
+            assert sum(phase.share for phase in training.phases) == pytest.approx(1)
             phases = [training.phase(step) for step in range(training.steps)]
             assert phases == sorted(phases)
-            for number, (share, _) in enumerate(training.phases):
-                assert phases.count(number) == pytest.approx(share * training.steps, abs=1)
-        assert not any(level.two_stage for _, level in (*recipe.trunk.phases, recipe.tuning.phases[0]))
+            for number, phase in enumerate(training.phases):
+                assert phases.count(number) == pytest.approx(phase.share * training.steps, abs=1)
+        assert not any(phase.level.two_stage for phase in (*recipe.trunk.phases, recipe.tuning.phases[0]))
+        assert all(phase.form == "asked" for phase in recipe.tuning.phases), "arms compress, and need a question"
         assert recipe.save_steps % recipe.logging_steps == 0
         for span, ratio in recipe.evaluation.compression:
-            last = recipe.tuning.phases[-1][1]
+            last = recipe.tuning.phases[-1].level
             assert last.span[0] <= span <= last.span[1], "what is evaluated was trained"
             assert ratio >= last.ratio[0] or recipe is not FULL
     assert [ARMS[arm].selection for arm in ("remamba", "remamba-answer-only")] == ["score", "score"]

@@ -4,7 +4,7 @@ goes on where it stopped, and all arms of a seed are given the same."""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from remamba_hf.training.two_stage_trainer import PromptResponseCollator
 
 from .line_data import LineSampler
 from .recipe import Recipe, Training
-
-ECHO_LENGTHS = (16, 24, 32)  # of the pieces that are said twice
 
 
 class BookBatches(Dataset):
@@ -45,16 +43,17 @@ class BookBatches(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def echo_batch(training: Training, tokens: np.ndarray, seed: int, step: int) -> dict[str, Any]:
+def echo_batch(tokens: np.ndarray, lengths: Sequence[int], tokens_per_batch: int, seed: int, step: int) -> dict[str, Any]:
     """Pieces of books that are said twice, as a batch of `RecallDataset` whose answers are the second saying but its first
     token, and whose evidence is not known.
 
     Args:
         tokens: of the books.
+        lengths: a piece may have.
     """
     generator = np.random.default_rng([seed, step, 5])
-    length = int(generator.choice(ECHO_LENGTHS))
-    rows = max(training.tokens_per_batch // (2 * length), 1)
+    length = int(generator.choice(lengths))
+    rows = max(tokens_per_batch // (2 * length), 1)
     starts = generator.integers(0, len(tokens) - length + 1, size=rows)
     pieces = np.stack([tokens[start : start + length] for start in starts]).astype(np.int64)
     ids = torch.from_numpy(np.concatenate([pieces, pieces], axis=1))
@@ -98,6 +97,23 @@ class MixedSampler:
         is_lines = np.random.default_rng([self.seed, index[0], 3]).random() < self.share
         sampler = self.lines if is_lines and self.lines.fits(prompt_length, keys) else self.recall
         return sampler.text(index, prompt_length, keys, *rest)
+
+
+class RestatedSampler:
+    """Texts of a sampler in which no question is asked: what asks for a number is the name and what stood behind it, on a
+    line of its own, and nothing follows the number."""
+
+    def __init__(self, sampler: MixedSampler) -> None:
+        self.sampler, self.seed, self.padding = sampler, sampler.seed, sampler.padding
+
+    def text(self, *arguments: Any) -> RecallText:
+        text = self.sampler.text(*arguments)
+        asked = []
+        for fact in text.asked:
+            name_to_number = text.text_ids[fact.evidence[0] : fact.digits[0]]
+            question_ids = np.append(self.sampler.recall.newline, name_to_number)
+            asked.append(replace(fact, question_ids=question_ids, answer_ids=text.text_ids[slice(*fact.digits)]))
+        return replace(text, asked=tuple(asked))
 
 
 @dataclass(frozen=True)
@@ -148,7 +164,7 @@ class PhasedBatches(Dataset):
         training: whose steps and phases these are.
         sampler: of facts and lines, and of the books whose pieces are echoed.
         instructions: None: none.
-        share: of the batches that are instructions.
+        share: of the batches that are instructions, where questions are asked.
     """
 
     def __init__(
@@ -156,8 +172,14 @@ class PhasedBatches(Dataset):
     ) -> None:
         self.training, self.instructions, self.share, self.seed = training, instructions, share, sampler.seed
         self.books = sampler.recall.tokens
-        self.levels = [level for _, level in training.phases]
-        self.recall = [RecallDataset(sampler, [level], training.tokens_per_batch, training.steps) for level in self.levels]
+        self.levels = [phase.level for phase in training.phases]
+        samplers = {"asked": sampler, "restated": RestatedSampler(sampler)}
+        self.recall = [
+            RecallDataset(samplers[phase.form], [phase.level], training.tokens_per_batch, training.steps)
+            if phase.form in samplers
+            else None
+            for phase in training.phases
+        ]
         self.collate = PromptResponseCollator(sampler.padding)
 
     def set_level(self, level: int) -> None:
@@ -167,12 +189,14 @@ class PhasedBatches(Dataset):
         return self.training.steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        if step < self.training.echo_steps:
-            return echo_batch(self.training, self.books, self.seed, step)
-        generator, phase = np.random.default_rng([self.seed, step, 4]), self.training.phase(step)
-        if self.instructions is not None and generator.random() < self.share:
-            return self._of_instructions(generator, self.instructions, self.levels[phase])
-        return self.recall[phase][step]
+        number = self.training.phase(step)
+        phase, recall, size = self.training.phases[number], self.recall[number], self.training.tokens_per_batch
+        if recall is None:
+            return echo_batch(self.books, phase.level.prompt_lengths, size, self.seed, step)
+        generator = np.random.default_rng([self.seed, step, 4])
+        if phase.form == "asked" and self.instructions is not None and generator.random() < self.share:
+            return self._of_instructions(generator, self.instructions, phase.level)
+        return recall[step]
 
     def digest(self) -> str:
         """SHA-256 of the first and the last batch."""

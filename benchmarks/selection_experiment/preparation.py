@@ -143,7 +143,7 @@ def _write_instructions(
         return {}
     from remamba_hf.training.instruction_data import LengthRule, list_files, read_pairs, tokenize_batch
 
-    lengths = [length for _, level in recipe.tuning.phases for length in level.prompt_lengths]
+    lengths = [length for phase in recipe.tuning.phases for length in phase.level.prompt_lengths]
     rule = LengthRule(max_tokens=2 * max(lengths))
     pieces: list[np.ndarray] = []
     bounds: list[tuple[int, int, int]] = []

@@ -2,7 +2,7 @@
 """What fixes the experiment: sizes, lengths, steps, arms. A run folder holds the recipe that it was begun with."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -36,32 +36,50 @@ FIVE = ("sft", "remamba", "random", "stride", "multiplicative")
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of a training.
+
+    Attributes:
+        share: of the steps.
+        level: prompts and draws; of echoes the lengths of the pieces alone.
+        form: what is to be told from a text. "asked": numbers, in answers to questions. "restated": numbers, behind what
+            says whose they are, in another order ("Elinor Marsh is 48213"): to tell them apart is learned from it. "echo":
+            all of it, a piece of a book that is said twice: copying is learned from it soonest.
+    """
+
+    share: float
+    level: RecallLevel
+    form: Literal["asked", "restated", "echo"] = "asked"
+
+
+@dataclass(frozen=True)
 class Training:
     """One training: as many steps of as many tokens.
 
     Attributes:
-        phases: (share of the steps, prompts and draws), in turn; steps open them, not success: a run that was cut off, and
-            one on another machine, read the same. None for pretraining.
-        echo_steps: the first steps read, instead, pieces of books that are said twice: copying is learned from them soonest.
-        must_match: share of right answers without which a training is given up where its first phase ends.
+        phases: in turn; steps open them, not success: a run that was cut off, and one on another machine, read the same.
+            None for pretraining.
+        must_match: share of right answers without which a training is given up where the first phase that asks ends.
     """
 
     steps: int
     tokens_per_batch: int
     learning_rate: float
     warmup_steps: int
-    phases: tuple[tuple[float, RecallLevel], ...] = ()
-    echo_steps: int = 0
+    phases: tuple[Phase, ...] = ()
     must_match: float = 0.0
 
-    def first_phase_end(self) -> int:
-        """The step at which the second phase begins."""
-        return round(self.phases[0][0] * self.steps)
+    def ends(self) -> list[int]:
+        """For every phase the step at which the next one begins."""
+        return [round(end) for end in np.cumsum([phase.share for phase in self.phases]) * self.steps]
+
+    def first_asked_end(self) -> int:
+        """The step at which the first phase that asks ends."""
+        return next(end for end, phase in zip(self.ends(), self.phases, strict=True) if phase.form == "asked")
 
     def phase(self, step: int) -> int:
         """The number of a step's phase."""
-        ends = np.cumsum([share for share, _ in self.phases]) * self.steps
-        return min(int(np.searchsorted(np.round(ends), step, side="right")), len(self.phases) - 1)
+        return min(int(np.searchsorted(self.ends(), step, side="right")), len(self.phases) - 1)
 
 
 @dataclass(frozen=True)
@@ -129,23 +147,22 @@ FULL = Recipe(
     initializer_range=0.03,
     pretraining=Training(600, 65_536, 1.5e-3, 100),
     book_lengths=(1024, 1024, 2048, 2048, 4096, 4096, 8192),
-    # What counts for copying is the number of steps, and chance: from one base 300 steps of 8,192 tokens were enough, 400 of
-    # 32,768 were not, nor 850 at twice the rate; from a base with twice the pretraining 2,400 were not. Behind 200 steps of
-    # text that was said twice 50 were.
+    # Questions alone teach copying and not whose number it is, as far as 2,400 steps show: with several numbers in a text
+    # answers stayed as good as chance. Restated facts taught it within 300 steps, and questions were then answered in 75.
     trunk=Training(
-        2_400,
-        8_192,
+        2_200,
+        16_384,
         1e-3,
         50,
         (
-            (0.25, RecallLevel((64, 80))),
-            (0.1, RecallLevel((128,), questions=2)),
-            (0.1, RecallLevel((192, 256), questions=2, distractors=1)),
-            (0.125, RecallLevel((384, 512), questions=3, distractors=3)),
-            (0.175, RecallLevel((512, 1024), questions=4, distractors=6)),
-            (0.25, RecallLevel((1024, 2048), questions=4, distractors=6)),
+            Phase(0.18, RecallLevel((16, 24, 32)), "echo"),
+            Phase(0.2, RecallLevel((112,), questions=4), "restated"),
+            Phase(0.1, RecallLevel((192,), questions=8), "restated"),
+            Phase(0.08, RecallLevel((256,), questions=6)),
+            Phase(0.1, RecallLevel((512,), questions=12)),
+            Phase(0.14, RecallLevel((512, 1024), questions=4, distractors=6)),
+            Phase(0.2, RecallLevel((1024, 2048), questions=4, distractors=6)),
         ),
-        echo_steps=400,
         must_match=0.5,
     ),
     tuning=Training(
@@ -154,11 +171,11 @@ FULL = Recipe(
         7e-4,
         50,
         (
-            (0.1, RecallLevel((256, 512), distractors=2)),
-            (0.25, RecallLevel((256, 512), distractors=2, two_stage=1.0, span=SPAN, ratio=(0.5, 1.0))),
-            (0.25, RecallLevel((512, 1024), distractors=3, two_stage=1.0, span=SPAN, ratio=(0.15, 0.6))),
-            (0.2, RecallLevel((1024, 2048), distractors=4, two_stage=1.0, span=SPAN, ratio=(0.05, 0.3))),
-            (0.2, RecallLevel((2048, 4096), distractors=4, two_stage=1.0, span=SPAN, ratio=(0.05, 0.2))),
+            Phase(0.1, RecallLevel((256, 512), distractors=2)),
+            Phase(0.25, RecallLevel((256, 512), distractors=2, two_stage=1.0, span=SPAN, ratio=(0.5, 1.0))),
+            Phase(0.25, RecallLevel((512, 1024), distractors=3, two_stage=1.0, span=SPAN, ratio=(0.15, 0.6))),
+            Phase(0.2, RecallLevel((1024, 2048), distractors=4, two_stage=1.0, span=SPAN, ratio=(0.05, 0.3))),
+            Phase(0.2, RecallLevel((2048, 4096), distractors=4, two_stage=1.0, span=SPAN, ratio=(0.05, 0.2))),
         ),
     ),
     instruction_share=0.2,
@@ -192,7 +209,7 @@ SMALL = Recipe(
         3_072,
         3e-3,
         50,
-        ((0.4, RecallLevel((72,))), (0.3, RecallLevel((80, 96))), (0.3, RecallLevel((112, 144)))),
+        (Phase(0.4, RecallLevel((72,))), Phase(0.3, RecallLevel((80, 96))), Phase(0.3, RecallLevel((112, 144)))),
     ),
     tuning=Training(
         360,
@@ -200,10 +217,10 @@ SMALL = Recipe(
         2e-3,
         20,
         (
-            (0.1, RecallLevel((96, 128))),
-            (0.25, RecallLevel((128, 192), two_stage=1.0, span=SHORT, ratio=(0.5, 1.0), min_kept=16)),
-            (0.25, RecallLevel((128, 256), two_stage=1.0, span=SHORT, ratio=(0.2, 0.6), min_kept=16)),
-            (0.4, RecallLevel((256, 384), two_stage=1.0, span=SHORT, ratio=(0.1, 0.4), min_kept=16)),
+            Phase(0.1, RecallLevel((96, 128))),
+            Phase(0.25, RecallLevel((128, 192), two_stage=1.0, span=SHORT, ratio=(0.5, 1.0), min_kept=16)),
+            Phase(0.25, RecallLevel((128, 256), two_stage=1.0, span=SHORT, ratio=(0.2, 0.6), min_kept=16)),
+            Phase(0.4, RecallLevel((256, 384), two_stage=1.0, span=SHORT, ratio=(0.1, 0.4), min_kept=16)),
         ),
     ),
     instruction_share=0.0,
@@ -232,15 +249,15 @@ TINY = Recipe(
     initializer_range=0.1,
     pretraining=Training(20, 1_024, 3e-3, 5),
     book_lengths=(128, 256),
-    trunk=Training(20, 768, 3e-3, 5, ((0.5, RecallLevel((96,))), (0.5, RecallLevel((128,), questions=2)))),
+    trunk=Training(20, 768, 3e-3, 5, (Phase(0.5, RecallLevel((96,))), Phase(0.5, RecallLevel((128,), questions=2)))),
     tuning=Training(
         10,
         768,
         2e-3,
         2,
         (
-            (0.4, RecallLevel((128,))),
-            (0.6, RecallLevel((192, 256), distractors=1, two_stage=1.0, span=SPAN, ratio=(0.2, 0.8), min_kept=8)),
+            Phase(0.4, RecallLevel((128,))),
+            Phase(0.6, RecallLevel((192, 256), distractors=1, two_stage=1.0, span=SPAN, ratio=(0.2, 0.8), min_kept=8)),
         ),
     ),
     instruction_share=0.2,

@@ -39,7 +39,7 @@ class NotLearned(Exception):
 
 
 class Watch(TrainerCallback):
-    """Gives a training up where its first phase ends if too few of the answers of its last logs are right.
+    """Gives a training up where its first phase that asks ends if too few of the answers of its last logs are right.
 
     training: whose phases and `must_match` count.
     match: share of right answers at the last logs; None: not yet known.
@@ -58,7 +58,7 @@ class Watch(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self.training.must_match or state.global_step < self.training.first_phase_end() or self.match is not None:
+        if not self.training.must_match or state.global_step < self.training.first_asked_end() or self.match is not None:
             return
         matches = [entry["level_match"] for entry in state.log_history if "level_match" in entry]
         self.match = sum(matches[-LAST_LOGS:]) / max(len(matches[-LAST_LOGS:]), 1)
@@ -122,7 +122,7 @@ def arm_model(recipe: Recipe, arm: Arm, trunk: Path, seed: int) -> ReMambaForCau
     set_seed(seed)
     model = ReMambaForCausalLM.from_pretrained(trunk, dtype=torch.float32)
     model.initialize_compressor()
-    last = recipe.tuning.phases[-1][1]
+    last = recipe.tuning.phases[-1].level
     model.config.selection = arm.selection or "score"
     model.config.compression_span, model.config.compression_ratio = recipe.evaluation.compression[0]
     model.config.train_compression_span, model.config.train_compression_ratio = last.span, last.ratio
@@ -184,10 +184,10 @@ def train_trunk(
     deadline: float,
     workers: int,
 ) -> None:
-    """Teaches the base to copy, in plain passes over short prompts; leaves `folder/model`, which all arms start from.
+    """Teaches the base to answer, in plain passes over short prompts; leaves `folder/model`, which all arms start from.
 
-    Whether that is learned soon is chance. A start that has not learned it by the end of the first phase is given up, noted
-    in `failed.json`, and another begins.
+    Whether that is learned soon is chance. A start that has not learned it by the end of the first phase that asks is given
+    up, noted in `failed.json`, and another begins.
 
     Args:
         batches: of a start, by its number.
@@ -199,7 +199,7 @@ def train_trunk(
     while True:
         failed = json.loads((folder / FAILED).read_text()) if (folder / FAILED).exists() else []
         if len(failed) >= STARTS:
-            raise NotLearned(f"{folder} was begun {STARTS} times and never learned to copy: change the recipe")
+            raise NotLearned(f"{folder} was begun {STARTS} times and never learned to answer: change the recipe")
         set_seed(len(failed))
         model = ReMambaForCausalLM.from_pretrained(base, dtype=torch.float32)
         settings = settings_of(recipe, recipe.trunk, folder, len(failed), workers)
