@@ -373,8 +373,8 @@ def spread(samples: list[float]) -> dict[str, Any]:
 def decode(cell: Cell, taken: Loaded, bench: Bench) -> dict[str, Any]:
     """The time of a token is that of `generate` for n tokens more than a few, by n: reading the prompt cancels out.
 
-    The few come with the host's preparations, which vary by some milliseconds; n tokens take `sample_seconds`, so that they
-    do not count.
+    The few come with the host's preparations, which vary by some milliseconds, by tens where Python reads the prompt; n tokens
+    take `sample_seconds`, so that they hardly count.
     """
     ids = bench.random_ids(cell.rows, cell.tokens, taken.vocab_size)
     options = OPTIONS.get(cell.variant, {})
@@ -774,7 +774,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu_quick.json or gpu_full.json")
     parser.add_argument("--repeats", type=int, default=FEWEST_REPEATS)
-    parser.add_argument("--sample-seconds", type=float, default=0.3, help="that a sample of decoded tokens should take")
+    parser.add_argument("--sample-seconds", type=float, default=1.0, help="that a sample of decoded tokens should take")
     parser.add_argument("--cell-seconds", type=float, default=300, help="what would take longer is recorded as too slow")
     parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="begin no measurement after that time")
     arguments = parser.parse_args(words)

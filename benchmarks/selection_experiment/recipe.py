@@ -156,7 +156,7 @@ FULL = Recipe(
         50,
         (
             Phase(0.18, RecallLevel((16, 24, 32)), "echo"),
-            Phase(0.2, RecallLevel((112,), questions=4), "restated"),
+            Phase(0.2, RecallLevel((112, 128), questions=4), "restated"),
             Phase(0.1, RecallLevel((192,), questions=8), "restated"),
             Phase(0.08, RecallLevel((256,), questions=6)),
             Phase(0.1, RecallLevel((512,), questions=12)),
