@@ -373,8 +373,8 @@ def spread(samples: list[float]) -> dict[str, Any]:
 def decode(cell: Cell, taken: Loaded, bench: Bench) -> dict[str, Any]:
     """The time of a token is that of `generate` for n tokens more than a few, by n: reading the prompt cancels out.
 
-    The few come with the host's preparations, which vary by some milliseconds, by tens where Python reads the prompt; n tokens
-    take `sample_seconds`, so that they hardly count.
+    The few come with the host's preparations, which vary by some milliseconds, by tens where Python reads the prompt; n
+    tokens take `sample_seconds`, so that they hardly count.
     """
     ids = bench.random_ids(cell.rows, cell.tokens, taken.vocab_size)
     options = OPTIONS.get(cell.variant, {})
