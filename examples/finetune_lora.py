@@ -178,7 +178,10 @@ def train(arguments: argparse.Namespace) -> InstructionTrainer:
         base, revision = base_checkpoint(arguments)
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or base, revision=revision)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        rows, held_out = read_rows(arguments, tokenizer)
+        try:
+            rows, held_out = read_rows(arguments, tokenizer)
+        except (FileNotFoundError, ValueError) as error:
+            raise SystemExit(str(error)) from error
     set_seed(arguments.seed)
     model = adapted(arguments, base, revision)
     trainer = InstructionTrainer(

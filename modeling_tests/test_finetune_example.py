@@ -194,6 +194,10 @@ def test_mistakes_are_told_before_anything_is_trained(example, tokenizer, data, 
         example.parse_arguments(options(base, data, tmp_path / "run", "--bits", "4"))
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     assert "use examples/accelerate/ddp.yaml" in capsys.readouterr().err
+    (tmp_path / "other.jsonl").write_text('{"one": "a", "another": "b"}\n')
+    for name, message in (("other.jsonl", "Name yours"), ("missing.jsonl", "missing.jsonl")):
+        with pytest.raises(SystemExit, match=message):
+            run(example, monkeypatch, *options(base, tmp_path / name, tmp_path / "run"))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     with pytest.raises(SystemExit, match="is a gpt2: give a Mamba"):

@@ -213,6 +213,9 @@ def test_what_was_stopped_ends_like_what_was_not(run, data, tmp_path):
         assert not (lab.run / folder / "checkpoints").exists()
     with pytest.raises(OutOfTime, match="before perplexity"):
         lab.evaluate("remamba", 0)
+    with pytest.raises(SystemExit) as stop:
+        steps.main(["all", "--tiny", "--run", str(tmp_path / "tiny"), "--seconds", "0"])
+    assert stop.value.code == 75
 
 
 def test_numbers_come_from_result_files_of_remamba_eval(run):

@@ -7,12 +7,13 @@
     python benchmarks/selection_experiment all --small --run RUN    # .2M parameters, facts alone: an hour or two on a CPU
     python benchmarks/selection_experiment all --tiny --run RUN     # whether every step runs: a minute on a CPU
 
-A base is pretrained on books, then taught to copy in plain passes over short prompts (trunk). From there all arms start:
+A base is pretrained on books, then taught to answer in plain passes over short prompts (trunk). From there all arms start:
 Mamba (SFT), ReMamba, and ReMamba that keeps random, evenly spaced or multiplied vectors, each fine-tuned on the same facts,
 lines and instructions in the same order, and evaluated with `remamba eval`. A seed fixes data, draws and their order.
 
-Every step knows in RUN what is done, and stops at --seconds with a checkpoint that the same command goes on from: on a CPU
-bit for bit. `export` packs folders of RUN into parts of at most 15 MiB, which `import` takes up on another machine.
+Every step knows in RUN what is done, and stops at --seconds, with exit status 75 and a checkpoint that the same command goes
+on from: on a CPU bit for bit. `export` packs folders of RUN into parts of at most 15 MiB, which `import` takes up on another
+machine.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from .recipe import ARMS, FIVE, RECIPES, Recipe
 from .training import NotLearned, OutOfTime, train_arm, train_base, train_trunk
 
 STEPS = ("prepare", "pretrain", "trunk", "finetune", "evaluate", "all", "report", "export", "import")
+GOES_ON = 75  # exit status, that of "try again" in sysexits.h
 OWN_BOOKS = Path(__file__).resolve().parents[2] / "examples" / "books"
 
 
@@ -217,7 +219,7 @@ def main(words: list[str] | None = None) -> None:
         run_step(options, experiment)
     except OutOfTime as stop:
         print(f"stopped after {time.monotonic() - began:.0f} s ({stop}): the same command goes on", file=sys.stderr)
-        return
+        sys.exit(GOES_ON)
     except NotLearned as error:
         sys.exit(f"selection_experiment {options.step}: {error}")
     print(f"{options.step}: done after {time.monotonic() - began:.0f} s")
