@@ -148,8 +148,8 @@ FULL = Recipe(
     pretraining=Training(600, 65_536, 1.5e-3, 100),
     book_lengths=(1024, 1024, 2048, 2048, 4096, 4096, 8192),
     # Questions alone teach copying and not whose number it is, as far as 2,400 steps show: with several numbers in a text
-    # answers stayed as good as chance. Restated facts taught it, to one that could copy, within 300 steps, and questions were
-    # then answered in 75.
+    # answers stayed as good as chance. Restated facts taught it, to one that could copy, within 300 steps, and questions
+    # were then answered in 75.
     trunk=Training(
         2_200,
         16_384,
