@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
 import remamba_hf
 from remamba_hf.training.recall_data import RecallLevel, RecallSampler
@@ -29,7 +30,7 @@ from selection_experiment.line_data import LineSampler  # noqa: E402
 from selection_experiment.preparation import prepare, tokenizer_and_tokens  # noqa: E402
 from selection_experiment.recipe import ARMS, FULL, TINY, Phase, Training  # noqa: E402
 from selection_experiment.steps import Experiment  # noqa: E402
-from selection_experiment.training import FAILED, STARTS, NotLearned, OutOfTime, arm_model  # noqa: E402
+from selection_experiment.training import FAILED, STARTS, NotLearned, OutOfTime, Watch, arm_model  # noqa: E402
 
 LINE = "line open-door: REGISTER_CONTENT is <123>\n"
 TEXT = "".join(
@@ -373,8 +374,7 @@ def test_what_is_said_again(data):
             numbers = "".join(tokenizer.decode([token]) if token >= 0 else " " for token in answers).split()
             text, *said = tokenizer.decode(ids[ids != tokenizer.pad_token_id].tolist()).rsplit("\n", 3)
             assert [piece.split(between[0] if between[0] in piece else between[-1])[1] for piece in said] == numbers
-            places = [text.index(f"{piece}") for piece in said]
-            assert all(place >= 0 for place in places)
+            places = [text.index(piece) for piece in said]
             orders.add(tuple(sorted(range(3), key=places.__getitem__)))
         assert len(orders) > 1, "not in the text's order"
 
@@ -392,6 +392,14 @@ def test_a_start_that_does_not_learn_is_given_up(data, tmp_path, run):
     assert [entry["step"] for entry in failed] == [4] * STARTS, "the first log behind the first phase"
     assert all(entry["match"] < 0.9 for entry in failed)
     assert not (lab.run / "trunk" / "training.json").exists()
+
+    watch = Watch(replace(recipe.trunk, must_match=0.5))
+    history = [{"step": step, "level_match": match} for step, match in ((2, 0.8), (4, 0.1), (6, 0.1))]
+    for step, gave_up in ((2, None), (6, False)):
+        control = TrainerControl()
+        watch.on_log(None, TrainerState(global_step=step, log_history=history[: step // 2]), control)
+        assert watch.match == (None if gave_up is None else 0.8), "by the logs of the first phase, whatever follows"
+        assert not control.should_training_stop
 
     (lab.run / "trunk" / FAILED).write_text(json.dumps(failed[:1]))
     lab.recipe = replace(SMALL, trunk=replace(recipe.trunk, must_match=0.0))

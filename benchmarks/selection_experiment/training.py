@@ -35,20 +35,23 @@ class OutOfTime(Exception):
 
 
 class NotLearned(Exception):
-    """A training was given up: too few answers were right where its first phase ended."""
+    """A training was given up: too few answers were right where its first phase that asks ended."""
 
 
 class Watch(TrainerCallback):
     """Gives a training up where its first phase that asks ends if too few of the answers of its last logs are right.
 
     training: whose phases and `must_match` count.
-    match: share of right answers at the last logs; None: not yet known.
+    match: share of right answers at those logs; None: not yet known.
     """
 
     def __init__(self, training: Training) -> None:
         self.training = training
         self.match: float | None = None
-        self.gave_up = False
+
+    @property
+    def gave_up(self) -> bool:
+        return self.match is not None and self.match < self.training.must_match
 
     def on_log(
         self,
@@ -58,11 +61,12 @@ class Watch(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self.training.must_match or state.global_step < self.training.first_asked_end() or self.match is not None:
+        if not self.training.must_match or state.global_step < (end := self.training.first_asked_end()):
             return
-        matches = [entry["level_match"] for entry in state.log_history if "level_match" in entry]
-        self.match = sum(matches[-LAST_LOGS:]) / max(len(matches[-LAST_LOGS:]), 1)
-        self.gave_up = self.match < self.training.must_match
+        # Whenever it is asked, and of a training that was resumed in a later phase, the answer is the same.
+        logged = [entry for entry in state.log_history if "level_match" in entry and entry["step"] <= end]
+        matches = [entry["level_match"] for entry in logged[-LAST_LOGS:]]
+        self.match = sum(matches) / max(len(matches), 1)
         if self.gave_up:
             control.should_training_stop = True
 
