@@ -317,11 +317,11 @@ def _normalised(
 ) -> torch.Tensor:
     rows, inputs = x.shape
     out = x.new_empty(rows, inputs, dtype=dtype)
-    block = min(_power_of_two(inputs // groups), 4096)
+    block = _power_of_two(inputs // groups)
     _launch(
         _norm_kernel,
         (rows, groups),
-        min(max(block // 512, 1), 8),
+        min(max(block // 512, 1), 16),
         *(x, gate, norm_weight, out, rows, x.stride(0), _row_stride(gate), eps),
         INPUTS=inputs,
         GROUPS=groups,
@@ -360,14 +360,18 @@ def _inverse_rms(
 
 
 @jit
+def _weighted(value, weight):
+    """Normalised values [rows, columns], rounded to the dtype of the norm's weight [columns] before and after it."""
+    return (weight.to(tl.float32)[None, :] * value.to(weight.dtype).to(tl.float32)).to(weight.dtype)
+
+
+@jit
 def _normed(x, gate, norm_weight, row, rows, column, end, scale, x_stride, gate_stride):
     """The normalised x [rows, columns], in x's dtype if there is nothing to do."""
     here = (row < rows)[:, None] & (column < end)[None, :]
     if norm_weight is not None:
         value = _gated(x, gate, row, column, here, x_stride, gate_stride) * scale[:, None]
-        weight = tl.load(norm_weight + column, mask=column < end, other=0.0)
-        rounded = value.to(weight.dtype).to(tl.float32)
-        result = (weight.to(tl.float32)[None, :] * rounded).to(weight.dtype)
+        result = _weighted(value, tl.load(norm_weight + column, mask=column < end, other=0.0))
     elif gate is not None:
         result = _gated(x, gate, row, column, here, x_stride, gate_stride)
     else:
@@ -392,16 +396,18 @@ def _norm_kernel(
 ):
     SIZE: tl.constexpr = INPUTS // GROUPS
     row = tl.program_id(0) + tl.arange(0, 1)
-    first = tl.program_id(1) * SIZE
+    column = tl.program_id(1) * SIZE + tl.arange(0, BLOCK)
+    inside = tl.arange(0, BLOCK) < SIZE
+    here = (row < rows)[:, None] & inside[None, :]
+    if norm_weight is not None:
+        weight = tl.load(norm_weight + column, mask=inside, other=0.0)
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
-    scale = _inverse_rms(x, gate, row, rows, first, x_stride, gate_stride, eps, SIZE, BLOCK, 1)
-    for start in range(0, SIZE, BLOCK):
-        column = first + start + tl.arange(0, BLOCK)
-        value = _normed(x, gate, norm_weight, row, rows, column, first + SIZE, scale, x_stride, gate_stride)
-        place = out + row.to(tl.int64)[:, None] * INPUTS + column[None, :]
-        tl.store(place, value.to(out.dtype.element_ty), mask=(column < first + SIZE)[None, :])
+    value = _gated(x, gate, row, column, here, x_stride, gate_stride)
+    if norm_weight is not None:
+        value = _weighted(value * tl.rsqrt(tl.sum(value * value, 1) / SIZE + eps)[:, None], weight)
+    tl.store(out + row.to(tl.int64)[:, None] * INPUTS + column[None, :], value.to(out.dtype.element_ty), mask=here)
 
 
 @jit
